@@ -1,0 +1,84 @@
+"""Make a text in which more than a third of the words are invented, from a public-domain one.
+
+    python tests/make_deformed_text.py SOURCE.txt OUT_FOLDER        writes corpus.txt and lexicon.txt
+
+Deterministic: a word is deformed by the SHA-256 of its place, so the same source gives the same files.
+Of the words of four letters and more, two of three are blended with another word of the text, have a
+vowel moved or a consonant doubled, or take an ending; a few deformations of a word come back, most occur
+once, as in a book of portmanteaus. lexicon.txt lists them all. Used by tests/bench_learning.py on the
+King James Bible (Debian's bible-kjv-text, see tests/make_sample_model.py).
+"""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+VOWELS, ENDINGS = "aeiou", ("ling", "soever", "ous", "ery", "ance", "ward", "some", "full")
+MAX_BYTES = 1_300_000
+
+
+def number(*key) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode("utf-8")).digest()[:8], "big")
+
+
+def deform(word: str, variant: int, others: list[str]) -> str:
+    """Variant 0, 1, 2, ... of a word, always the same."""
+    pick = number(word, variant)
+    other, kind, pick = others[pick % len(others)], pick // 7 % 4, pick // 31
+    middle = len(word) // 2
+    if kind == 0:
+        return word[: middle + 1] + other[len(other) // 2 :]
+    if kind == 1:
+        places = [i for i, letter in enumerate(word) if letter in VOWELS]
+        if places:
+            place = places[pick % len(places)]
+            vowel = VOWELS[(VOWELS.index(word[place]) + 1 + pick % 4) % 5]
+            word = word[:place] + vowel + word[place + 1 :]
+        return word[:middle] + word[middle] + word[middle:]
+    if kind == 2:
+        return other[: max(len(other) // 2, 2)] + word[middle:]
+    return word + ENDINGS[pick % len(ENDINGS)]
+
+
+def make(source: str) -> tuple[str, list[str]]:
+    """(text, its invented words in order of appearance)."""
+    source = source.encode("utf-8")[:MAX_BYTES].decode("utf-8", "ignore")
+    ordinary = {word.lower() for word in re.findall(r"[A-Za-z]+", source)}
+    others = sorted(word for word in ordinary if len(word) >= 4)
+    place, lexicon = 0, {}
+
+    def change(match: re.Match) -> str:
+        nonlocal place
+        place += 1
+        word, dice = match[0], number("place", place)
+        if not word.islower() or dice % 100 >= 78:
+            return word
+        # A third of the deformed places take one of three usual variants, the rest a rarer one.
+        variant = dice // 100 % 3 if dice // 1000 % 3 == 0 else 3 + dice // 3000 % 400
+        new = deform(word, variant, others)
+        if new in ordinary:
+            return word
+        lexicon[new] = None
+        return new
+
+    text = re.sub(r"(?<![A-Za-z'])[A-Za-z]{4,}(?![A-Za-z'])", change, source)
+    return text, list(lexicon)
+
+
+def main(source_path: str, out_folder: str) -> None:
+    text, lexicon = make(Path(source_path).read_text(encoding="utf-8"))
+    words = re.findall(r"[A-Za-z]+", text)
+    known = set(lexicon)
+    out = Path(out_folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "corpus.txt").write_text(text, encoding="utf-8")
+    (out / "lexicon.txt").write_text("\n".join(lexicon) + "\n", encoding="utf-8")
+    share = sum(word in known for word in words) / len(words)
+    print(f"{len(text):,} characters, {len(words):,} words, {share:.1%} invented, {len(lexicon):,} types")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    main(*sys.argv[1:])

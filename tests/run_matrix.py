@@ -1,0 +1,125 @@
+"""Run the whole test suite in an environment of its own for each set of versions we support.
+
+    python tests/run_matrix.py                              oldest, middle, newest, then a table
+    python tests/run_matrix.py oldest newest --venvs DIR    two of them, kept and reused in DIR
+    python tests/run_matrix.py --install-only               make the environments, run nothing
+
+The versions are env_shim.SUPPORTED's: `oldest` takes the lower bounds of requirements.txt, `newest`
+the newest tried. Exit 1 where an installation or a suite failed. An environment is installed again
+only when its list of versions has changed. Making one took 130 s (2 CPU cores, 2026-11-22).
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import env_shim
+
+# torch 2.9 is not in `oldest`: for Linux x86-64 PyPI has 2.9.1 only as a CUDA wheel of 900 MB that
+# needs NVIDIA's packages besides (looked up 2026-11-22); the CPU wheel to be had is 2.13.0.
+TORCH = "torch==2.13.0"
+TEST_TOOLS = ["pytest", "peft==0.21.2", "ipykernel", "nbclient"]
+# transformers 5.0.0 is Colab's 2026.02 image; bitsandbytes 0.49 is where CPU weights are repacked.
+MIDDLE = {"transformers": "5.0.0", "accelerate": "1.12.0", "bitsandbytes": "0.49.1"}
+
+
+def versions_of(name: str) -> dict[str, str]:
+    """Package -> version that the environment `name` pins, torch aside."""
+    column = 1 if name == "newest" else 0
+    pins = {package: bounds[column] for package, bounds in env_shim.SUPPORTED.items()}
+    del pins["torch"]
+    return {**pins, **MIDDLE} if name == "middle" else pins
+
+
+def python_of(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def install(name: str, folder: Path) -> None:
+    """Make the environment, or do nothing if it was made from the same list of packages.
+
+    Raises: CalledProcessError when pip fails; its own words stand above.
+    """
+    packages = [f"{package}=={version}" for package, version in versions_of(name).items()]
+    packages += TEST_TOOLS
+    marker = folder / "installed.txt"  # written last: an interrupted installation is done again
+    wanted = "\n".join([TORCH, *packages]) + "\n"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
+        return
+    print(f"{name}: installing {TORCH} {' '.join(packages)} in {folder}", flush=True)
+    if not python_of(folder).is_file():
+        venv.create(folder, with_pip=True)
+    pip = [str(python_of(folder)), "-m", "pip", "install", "-q"]
+    # torch first, so that nothing else picks another build of it
+    subprocess.run([*pip, TORCH], check=True)
+    subprocess.run([*pip, TORCH, *packages], check=True)
+    marker.write_text(wanted, encoding="utf-8")
+
+
+def run_suite(folder: Path) -> tuple[str, float, bool]:
+    """Run the tests; returns pytest's closing counts, seconds, and whether all passed."""
+    started = time.perf_counter()
+    command = [str(python_of(folder)), "-m", "pytest", "-q", "tests"]
+    lines = []
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:  # shown as it comes: a suite takes minutes
+            print(line, end="", flush=True)
+            lines.append(line)
+    counts = re.sub(r" in [\d.]+s.*| *=+ *", "", lines[-1].strip()) if lines else "no output"
+    return counts, time.perf_counter() - started, process.returncode == 0
+
+
+def table(rows: list[tuple[str, str, float]]) -> str:
+    lines = ["| environment | torch | transformers | accelerate | bitsandbytes | tests | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, counts, seconds in rows:
+        pins = versions_of(name)
+        versions = [TORCH.partition("==")[2]]
+        versions += [pins[package] for package in ("transformers", "accelerate", "bitsandbytes")]
+        lines.append(f"| {name} | {' | '.join(versions)} | {counts} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    names = ["oldest", "middle", "newest"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"from {names}; default all")
+    default = Path(tempfile.gettempdir()) / "wake2vec_venvs"
+    parser.add_argument("--venvs", type=Path, default=default, metavar="DIR", help=f"{default}")
+    parser.add_argument("--install-only", action="store_true")
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.names) - set(names))
+    if unknown:
+        parser.error(f"unknown environment {unknown[0]!r}, allowed: {', '.join(names)}")
+    rows, all_passed = [], True
+    for name in args.names or names:
+        folder = (args.venvs / name).absolute()
+        try:
+            install(name, folder)
+        except subprocess.CalledProcessError:
+            rows.append((name, "not installed", 0.0))
+            all_passed = False
+            continue
+        if not args.install_only:
+            counts, seconds, passed = run_suite(folder)
+            rows.append((name, counts, seconds))
+            all_passed = all_passed and passed
+    if rows:
+        print(table(rows), flush=True)
+    return 0 if all_passed else 1
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,543 @@
+"""What leaves the project loads elsewhere: exports against the overlay's own logits; refusals.
+
+    python -m pytest tests/test_export.py
+
+Every case has a tiny random model, a real extended tokenizer and a sentry of random rows. The
+reference is the base model with the overlay installed, read from its own folder.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import random_rows, save_model
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import recover
+from extend_tokenizer import Config, extend, new_words_hash
+from overlay import WakeOverlay, spherical_rows, subtoken_mean
+from recover import SentryError, main, write_sentry
+
+WORDS = ["riverrun", "bababad", "quark", "phizàphiz", "thunderwhist", "gnarlybird", "wassaily"]
+TEXTS = [
+    f"the {a} and a {b} went past" for a in WORDS[:5] for b in ("quark", "stone")
+]  # ten texts, with and without a second new word
+EVAL = {
+    "kind": "eval", "step": 40, "val_loss": 4.5, "val_bits_per_byte": 1.75,
+    "base_bits_per_byte": 2.25, "uniform_loss": 5.6, "warnings": [],
+}  # fmt: skip
+
+
+def make_run(
+    folder: Path,
+    family: str = "qwen2_untied",
+    dtype: torch.dtype = torch.float32,
+    separate: bool | None = None,
+    **settings,
+) -> Path:
+    """A run folder as train.py leaves it: tokenizer/, config.yaml and one sentry of random rows."""
+    model = save_model(family, folder / "model", dtype)
+    # Beside a qwen2 config.json, transformers 5 makes a Qwen2Tokenizer, which adds <|endoftext|>
+    # where there is none; all real ones have it.
+    for path in model.glob("tokenizer*.json"):
+        text = path.read_text(encoding="utf-8").replace("<|end|>", "<|endoftext|>")
+        path.write_text(text, encoding="utf-8")
+    (folder / "lexicon.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    config = Config(
+        model_name=str(model), lexicon=str(folder / "lexicon.txt"),
+        corpus=str(folder / "corpus.txt"), run_dir=str(folder / "run"), quantization="none",
+        **settings,
+    )  # fmt: skip
+    new = extend(config)
+    config = json.loads(json.dumps(dataclasses.asdict(config)))
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tensors = {"input_rows": random_rows(base, len(WORDS), seed=1).numpy()}
+    if "untied" in family if separate is None else separate:
+        tensors["output_rows"] = random_rows(base, len(WORDS), seed=2).numpy()
+    state = {
+        "step": 40, "model_name": str(model), "model_revision": None, "config": config,
+        "words_sha256": new_words_hash(WORDS, new.first_new_id), "corpus_sha256": "c0ffee",
+        "first_new_id": new.first_new_id, "num_new_tokens": len(WORDS),
+    }  # fmt: skip
+    texts = {
+        "metrics.jsonl": json.dumps(EVAL) + "\n",
+        "samples.md": "",
+        "words.txt": "\n".join(WORDS) + "\n",
+    }
+    write_sentry(folder / "run" / "snapshots", tensors, texts, state)
+    return folder / "run"
+
+
+def overlay_logits(run: Path, base: Path | None = None) -> list[torch.Tensor]:
+    """The reference: logits of the ten texts from the base model with the overlay installed."""
+    sentry = recover.newest_sentry(run)
+    rows = {name: torch.from_numpy(a) for name, a in recover.trained_rows(sentry).items()}
+    model = AutoModelForCausalLM.from_pretrained(base or run.parent / "model", dtype="auto")
+    WakeOverlay(
+        model, sentry.state["first_new_id"], rows["input_rows"], rows.get("output_rows")
+    ).install()
+    return logits_of(model, AutoTokenizer.from_pretrained(run / "tokenizer"), sentry)
+
+
+@torch.no_grad()
+def logits_of(model, tokenizer, sentry) -> list[torch.Tensor]:
+    """(seq, vocabulary) fp32 of each text; every text holds a new word as one token."""
+    encoded = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+    assert all((ids >= sentry.state["first_new_id"]).any() for ids in encoded)
+    return [model(input_ids=ids).logits[0].float() for ids in encoded]
+
+
+def assert_same(ours: list[torch.Tensor], reference: list[torch.Tensor], relative: float) -> None:
+    for a, b in zip(ours, reference):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= relative * b.abs().max()
+        assert torch.equal(a.argmax(-1), b.argmax(-1))
+
+
+CASES = [
+    ("qwen2_untied", None), ("qwen2_tied", None), ("qwen2_tied", True), ("llama_untied", False),
+    ("llama_tied", None), ("mistral", True), ("gemma2", None), ("gemma2", True), ("phi3", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, separate", CASES)
+def test_logits_are_the_overlays(family: str, separate: bool | None, tmp_path: Path) -> None:
+    """Untied, tied, padded and not, shared and separate rows. 1e-5: fp32 products of other shapes.
+
+    The adapter is loaded by the lines that stand in its card, run as they stand there.
+    """
+    peft = pytest.importorskip("peft")
+    run, out = make_run(tmp_path, family, separate=separate), tmp_path / "out"
+    reference, sentry = overlay_logits(run), recover.newest_sentry(run)
+    main("export", str(run), str(out), "--format", "merged")
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.vocab_size == len(tokenizer) == 257 + len(WORDS)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (family in ("qwen2_tied", "llama_tied", "gemma2") and not separate)
+    assert model.config.tie_word_embeddings == tied
+    assert_same(logits_of(model, tokenizer, sentry), reference, 1e-5)
+
+    main("export", str(run), str(tmp_path / "peft"), "--format", "peft")
+    card = (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
+    names, code = {}, re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "peft")), names)
+    assert isinstance(names["model"], peft.PeftModel)
+    assert_same(logits_of(names["model"].eval(), names["tokenizer"], sentry), reference, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_keeps_base_rows_bitwise_and_rounds_new_ones(dtype, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "qwen2_untied", dtype)
+    main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    rows = recover.trained_rows(recover.newest_sentry(run))
+    assert list(merged) == list(base)
+    for name, table in (
+        ("model.embed_tokens.weight", rows["input_rows"]),
+        ("lm_head.weight", rows["output_rows"]),
+    ):
+        old, new = base.pop(name), merged.pop(name)
+        assert new.dtype == dtype and len(new) == 257 + len(WORDS)
+        assert torch.equal(new[:257].view(torch.int16), old[:257].view(torch.int16))
+        assert torch.equal(new[257:], torch.from_numpy(table).to(dtype))
+    assert all(torch.equal(base[name], merged[name]) for name in base)
+
+
+def shard(model: Path, num_files: int) -> None:
+    """Turn a single-file checkpoint into one of num_files files, tensors dealt out in turn."""
+    tensors = load_file(model / "model.safetensors")
+    names = [f"model-{i + 1:05d}-of-{num_files:05d}.safetensors" for i in range(num_files)]
+    weight_map = {name: names[i % num_files] for i, name in enumerate(tensors)}
+    for file in names:
+        part = {n: t for n, t in tensors.items() if weight_map[n] == file}
+        save_file(part, model / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("family, separate", [("qwen2_untied", None), ("qwen2_tied", True)])
+def test_sharded_checkpoint(family: str, separate: bool | None, tmp_path: Path) -> None:
+    run = make_run(tmp_path, family, separate=separate)
+    reference = overlay_logits(run)
+    shard(tmp_path / "model", 3)
+    main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    sizes = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert {n for n, f in index["weight_map"].items() if f == file.name} == set(
+                opened.keys()
+            )
+            sizes += sum(opened.get_tensor(n).nbytes for n in opened.keys())  # noqa: SIM118
+    assert len(files) == 3 and index["metadata"]["total_size"] == sizes
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert_same(logits_of(model, tokenizer, recover.newest_sentry(run)), reference, 1e-5)
+
+
+def test_base_model_from_the_hubs_cache(tmp_path: Path) -> None:
+    """Offline, by hub id and revision: only files that are needed are asked for."""
+    run = make_run(tmp_path)
+    main("export", str(run), str(tmp_path / "local"), "--format", "merged")
+    shard(tmp_path / "model", 3)
+    repo, commit = (
+        tmp_path / "hub" / "models--someone--tiny",
+        "0123456789abcdef0123456789abcdef01234567",
+    )
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(tmp_path / "model", repo / "snapshots" / commit)
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def export(base: str) -> subprocess.CompletedProcess:
+        arguments = "export", str(run), str(tmp_path / "out"), "--format", "merged", "--base", base
+        command = [sys.executable, recover.__file__, *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    assert (done := export("someone/tiny")).returncode == 0, done.stderr
+    ours = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        ours |= load_file(file)
+    wanted = load_file(tmp_path / "local" / "model.safetensors")
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[n], wanted[n]) for n in wanted)
+    shutil.rmtree(tmp_path / "out")
+    for base in ("someone/else", "no/such/folder"):
+        done = export(base)
+        assert done.returncode == 1 and done.stderr.startswith(f"model {base}: ")
+        assert done.stderr.count("\n") == 1 and "--base" in done.stderr
+
+
+def test_merged_model_generates_new_words_in_a_pipeline(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": false}')
+    main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+    generate = pipeline("text-generation", str(tmp_path / "out"), device="cpu")
+    assert not generate.model.generation_config.do_sample
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"do_sample": false}'
+    tokenizer = generate.tokenizer
+    new_ids = list(range(257, 257 + len(WORDS)))
+    only_new = lambda *_: new_ids  # noqa: E731
+    text = generate("the", max_new_tokens=3, prefix_allowed_tokens_fn=only_new)[0]["generated_text"]
+    assert len(text.split()) >= 3 and all(word in "".join(WORDS) for word in text[3:].split())
+    assert sum(i >= 257 for i in tokenizer(text).input_ids) == 3
+
+
+def test_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    main("export", str(run), str(tmp_path / "out"), "--format", "rows")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"rows.safetensors", "rows.json", "words.txt", "README.md"}
+    rows, saved = load_file(tmp_path / "out" / "rows.safetensors"), recover.newest_sentry(run)
+    assert rows.keys() == {"input_rows", "output_rows"}
+    for name, table in recover.trained_rows(saved).items():
+        assert rows[name].dtype == torch.float32 and numpy.array_equal(rows[name], table)
+    facts = json.loads((tmp_path / "out" / "rows.json").read_text(encoding="utf-8"))
+    assert facts == {
+        "model_name": str(tmp_path / "model"), "model_revision": None, "step": 40,
+        "first_new_id": 257, "num_new_tokens": len(WORDS),
+        "words": {word: 257 + i for i, word in enumerate(WORDS)},
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    for word, i in facts["words"].items():
+        assert tokenizer.decode([i]).strip() == word
+
+
+def test_rows_from_what_survived(tmp_path: Path) -> None:
+    """A copy of the run folder elsewhere, and the durable folder alone; the base model is gone."""
+    run = make_run(tmp_path / "a")
+    wanted = load_file(run / "snapshots" / "step_000040" / "rows.safetensors")["input_rows"]
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.copytree(run / "snapshots", tmp_path / "drive")
+    shutil.rmtree(tmp_path / "a")
+    for source in ("copy", "drive"):
+        out = tmp_path / f"out_{source}"
+        main("export", str(tmp_path / source), str(out), "--format", "rows")
+        assert torch.equal(load_file(out / "rows.safetensors")["input_rows"], wanted)
+    with pytest.raises(
+        SentryError, match=r"drive/tokenizer: missing; python extend_tokenizer.py CONFIG"
+    ):
+        main("export", str(tmp_path / "drive"), str(tmp_path / "m"), "--format", "merged")
+    with pytest.raises(SentryError, match="--base names its folder"):
+        main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
+    save_model("qwen2_untied", tmp_path / "moved")
+    moved = "--base", str(tmp_path / "moved")
+    main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged", *moved)
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_refuses_a_folder_with_files(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path), tmp_path / "out"
+    out.mkdir()
+    main("export", str(run), str(out), "--format", "merged")  # an empty folder is fine
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(SentryError) as caught:
+        main("export", str(run), str(out), "--format", "rows")
+    assert (
+        str(caught.value)
+        == f"{out}: holds files; give another folder, or --force to write over them"
+    )
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    main("export", str(run), str(out), "--format", "peft", "--force")
+    main("export", str(run), str(out), "--format", "merged", "--force")
+    assert (out / "notes.txt").read_text() == "mine"
+    names = {path.name for path in out.iterdir()}
+    assert "model.safetensors" in names and not any(name.startswith("adapter") for name in names)
+    main("export", str(run), str(out), "--format", "rows", "--force")
+    names = {path.name for path in out.iterdir()}
+    assert "rows.safetensors" in names and not names & {"model.safetensors", "config.json"}
+    for place in (run, tmp_path / "model"):
+        with pytest.raises(SentryError, match="is the run or the base model itself"):
+            main("export", str(run), str(place), "--format", "merged", "--force")
+
+
+@pytest.mark.parametrize("form", ["rows", "merged", "peft"])
+def test_card(form: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    main("export", str(run), str(tmp_path / "a"), "--format", form)
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "Licence of the base model: see the base model." in card
+    (tmp_path / "model" / "README.md").write_text(
+        "---\nlanguage: en\nlicense: apache-2.0\n---\nHi\n"
+    )
+    main("export", str(run), str(tmp_path / "b"), "--format", form)
+    card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0" and front["tags"] == ["wake2vec"]
+    assert "base_model" not in front  # it would be taken for a hub id
+    assert not (tmp_path / "b" / "report.json").exists()
+    for promised in (
+        "7 new words", "ids 257 to 263", "riverrun, bababad", "init subtoken_mean", "seed 42",
+        "Trained for 40 steps", "1.750 bits per byte at step 40", "without the words: 2.250",
+        "| 40 | 4.5000 | 1.750 |", "## Loading", "Licence of the base model: apache-2.0.",
+    ):  # fmt: skip
+        assert promised in card
+    assert (tmp_path / "b" / "words.txt").read_text(encoding="utf-8").splitlines() == WORDS
+
+
+@pytest.mark.parametrize("table", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("init", ["subtoken_mean", "spherical"])
+def test_starting_rows_are_the_overlays(table: str, init: str, tmp_path: Path, monkeypatch) -> None:
+    """The rows of step 0, made again from files alone, against overlay.py on the loaded table."""
+    monkeypatch.setattr(recover, "ROWS_AT_ONCE", 100)
+    run = make_run(tmp_path, dtype=torch.bfloat16, init=init, init_radius=0.5)
+    report, words, spellings = recover.new_words(run)
+    assert words == WORDS
+    weight = load_file(tmp_path / "model" / "model.safetensors")[table][:257]
+    wanted = (
+        subtoken_mean(weight, spellings)
+        if init == "subtoken_mean"
+        else spherical_rows(weight, len(words), 0.5, 42)
+    )
+    settings = recover.run_settings(run)
+    stored = recover.base_tables(settings).table(table)
+    ours = recover.starting_rows(stored, spellings, 257, settings)
+    numpy.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-5, atol=1e-7)
+    few = recover.starting_rows(stored, spellings[:3], 257, settings)
+    numpy.testing.assert_allclose(few, ours[:3], rtol=1e-6)
+
+
+def test_spellings_are_those_that_training_used(tmp_path: Path) -> None:
+    for matching in ("spaced", "bare", "plain"):
+        run = make_run(tmp_path / matching, token_matching=matching)
+        config = Config(**recover.run_settings(run))
+        new, (_, words, spellings) = extend(config, save=False), recover.new_words(run)
+        assert (words, spellings) == (new.words, new.spellings)
+
+
+def test_spellings_on_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama_untied")
+    letters = ["<unk>", "\u2581", *map(chr, range(32, 127)), "ph", "r", "ri", "ver", "ve"]
+    vocab = {
+        text: i for i, text in enumerate(dict.fromkeys([*letters, "\u2581th", "\u2581t", "à"]))
+    }
+    merges = [("\u2581", "t"), ("\u2581t", "h"), ("r", "i"), ("v", "e"), ("ve", "r"), ("p", "h")]
+    base = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True))
+    base.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    base.add_special_tokens(["<s>"])
+    base.save(str(tmp_path / "model" / "tokenizer.json"))
+    new = extend(Config(**recover.run_settings(run)))
+    assert new.matching == "whole_word"
+    _, words, spellings = recover.new_words(run)
+    assert (words, spellings) == (new.words, new.spellings)
+    assert any(len(ids) < len(word) for word, ids in zip(words, spellings))
+
+
+def test_neighbours(tmp_path: Path, capsys) -> None:
+    """A word that was moved onto a base token's row, and another onto a second word's."""
+    run = make_run(tmp_path)
+    sentry = recover.newest_sentry(run)
+    tensors = recover.read_tensors(sentry.path / "rows.safetensors")
+    table = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"].numpy()
+    report, words, spellings = recover.new_words(run)
+    settings = recover.run_settings(run)
+    stored = recover.base_tables(settings).table("model.embed_tokens.weight")
+    rows = recover.starting_rows(stored, spellings, 257, settings)
+    token = AutoTokenizer.from_pretrained(run / "tokenizer").convert_tokens_to_ids("z")
+    rows[WORDS.index("quark")] = 3 * table[token]
+    rows[WORDS.index("bababad")] = 5 * rows[WORDS.index("riverrun")]
+    texts = {
+        p.name: p.read_text(encoding="utf-8")
+        for p in sentry.path.iterdir()
+        if p.suffix != ".safetensors"
+    }
+    texts.pop("state.json")
+    write_sentry(
+        run / "snapshots", tensors | {"input_rows": rows}, texts, sentry.state | {"step": 60}
+    )
+    main("neighbours", str(run), "--num", "3", "quark", "bababad")
+    text = capsys.readouterr().out
+    assert re.search(r"quark, after\n  base tokens  'z' 1\.00", text)
+    assert re.search(r"bababad, after\n.+\n  new words    riverrun 1\.00", text)
+    assert not re.search(r"bababad, before\n.+\n  new words    riverrun 1\.00", text)
+    assert not re.search(r"quark, (before|after)\n.+\n  new words .*quark", text)
+    moved = text.split("most moved")[1].splitlines()[1:4]
+    assert {line.split()[0] for line in moved[:2]} == {"quark", "bababad"}
+    assert float(moved[2].split()[1]) == 0.0
+    norms = numpy.linalg.norm(table[:257], axis=1)
+    assert re.search(rf"base tokens +{norms.mean():.3f} +{norms.std():.3f}\n", text)
+    with pytest.raises(SentryError, match="'stone': no new word of"):
+        main("neighbours", str(run), "stone")
+
+
+# ------------------------------------------------------------------------------------------------
+# A seed of the original notebooks
+# ------------------------------------------------------------------------------------------------
+
+GAP = 3  # new ids in the table's padding, which the notebooks never trained: 399 on Qwen2.5
+
+
+def seed_file(path: Path, **changes) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(len(WORDS) - GAP, 32, generator=generator).half()
+    seed = {"embeddings": rows, "step": 1180, "wake_start": 257 + GAP, "num_wake": len(rows)}
+    torch.save(seed | changes, path)
+    return path
+
+
+SIDES = [("shared", []), ("frozen", ["input_rows"]), ("auto", ["input_rows", "output_rows"])]
+
+
+@pytest.mark.parametrize("init", ["subtoken_mean", "spherical"])
+@pytest.mark.parametrize("output_rows, trained", SIDES)
+def test_import(init: str, output_rows: str, trained: list[str], tmp_path: Path) -> None:
+    """Their rows as they are, the others as training would begin; every key that train.py reads."""
+    run = make_run(tmp_path, init=init, output_rows=output_rows)
+    shutil.rmtree(run / "snapshots")
+    seed = seed_file(tmp_path / "seed.pt")
+    main("import", str(seed), str(run))
+    sentry = recover.newest_sentry(run)
+    tensors = recover.read_tensors(sentry.path / "rows.safetensors")
+    wanted = torch.load(seed, weights_only=True)["embeddings"].float().numpy()
+    assert sentry.step == 1180 and sentry.path.parent == run / "snapshots"
+    assert numpy.array_equal(tensors["input_rows"][GAP:], wanted)
+    spellings = recover.new_words(run)[2]
+    tables = load_file(tmp_path / "model" / "model.safetensors")
+    first = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        table = tables[name][:257]
+        if init == "spherical":
+            first[name] = spherical_rows(table, len(WORDS), 1.5, 42).numpy()
+        else:
+            first[name] = subtoken_mean(table, spellings).numpy()
+    start = first["model.embed_tokens.weight"][:GAP]
+    numpy.testing.assert_allclose(tensors["input_rows"][:GAP], start, rtol=1e-5, atol=1e-6)
+    assert ("output_rows" in tensors) == (output_rows != "shared")
+    if output_rows != "shared":
+        start = first["lm_head.weight"]
+        numpy.testing.assert_allclose(tensors["output_rows"], start, rtol=1e-5, atol=1e-6)
+    for name in trained or ["input_rows"]:
+        assert tensors[f"{name}.row_mean_square"].tolist() == [0.0] * len(WORDS)
+        assert tensors[f"{name}.column_mean_square"].tolist() == [0.0] * 32
+    assert len(tensors) == (1 if output_rows == "shared" else 2) + 2 * len(trained or [0])
+    state = sentry.state
+    assert state["optimizer_step"] == 0 and state["sequences_seen"] == 1180 * 16
+    assert state["loss_scale"] == {"value": 65536.0, "good_steps": 0}
+    assert state["config"] == recover.run_settings(run)
+    source = (Path(recover.__file__).parent / "train.py").read_text(encoding="utf-8")
+    read = set(re.findall(r'state(?:\.get\(|\[)"(\w+)"', source)) - {"files"}
+    assert read and read <= state.keys()
+
+
+def test_import_refuses(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+
+    def refusal(path: Path) -> str:
+        with pytest.raises(SentryError) as caught:
+            main("import", str(path), str(run))
+        assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    seed, rows = tmp_path / "seed.pt", torch.zeros(len(WORDS) - GAP, 32).half()
+    nan = rows.clone()
+    nan[1, 2] = torch.nan
+    assert refusal(seed_file(seed, embeddings=nan)) == "'embeddings' holds NaN or infinity"
+    assert refusal(seed_file(seed, num_wake=3)) == "(4, 32) rows, num_wake 3, step 1180"
+    wrong = "this run's new ids are 257 to 263, its rows 32 wide"
+    text = refusal(seed_file(seed, embeddings=rows[:3], num_wake=3))
+    assert text == f"3 rows of 32 from id 260 on; {wrong}"
+    text = refusal(seed_file(seed, embeddings=rows[:, :8]))
+    assert text == f"4 rows of 8 from id 260 on; {wrong}"
+    text = refusal(seed_file(seed, wake_start=250))
+    assert text == f"4 rows of 32 from id 250 on; {wrong}"
+    kept = "no sentry of the original notebooks, which hold 'embeddings', 'step', 'wake_start'"
+    for changes in ({"embeddings": Path("x")}, {"step": "x"}, {"embeddings": [1]}):
+        assert refusal(seed_file(seed, **changes)).startswith(kept)
+    data = seed_file(seed).read_bytes()
+    for bad in (b"", b"no zip", data[: len(data) // 2]):
+        seed.write_bytes(bad)
+        assert refusal(seed).startswith(kept)
+    text = refusal(seed_file(seed, step=40))
+    assert text == f"{run}: has a save of step 40 or later; give a new run_dir"
+    (run / "config.yaml").unlink()
+    assert refusal(seed).startswith(f"{run / 'config.yaml'}: missing")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """Exit status and one line on stderr; a listing starts without torch."""
+    run = make_run(tmp_path)
+    script = str(Path(recover.__file__))
+    call = lambda *a: subprocess.run([sys.executable, script, *a], capture_output=True, text=True)  # noqa: E731
+    done = call("export", str(run), str(run), "--format", "rows")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "Traceback" not in done.stderr
+    assert call("export", str(run)).returncode == 2
+    assert call("--help").stdout.count("recover.py") > 3
+    code = "import sys, recover; recover.main(sys.argv[1]); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(script).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"continue from {run / 'snapshots' / 'step_000040'}: step 40 of 3,000, 7 new words"
+        in done.stdout
+    )

@@ -1,0 +1,768 @@
+"""Every lexicon word gets one token, ordinary text keeps its ids, and what is saved loads the same.
+
+    python -m pytest tests/test_extend_tokenizer.py
+
+The tokenizers are trained here in a moment: byte-level (Qwen's and GPT-2's way of cutting) and
+SentencePiece-style (Llama-2's normalizer, byte fallback). Figures on real vocabularies come from
+tests/check_vocabularies.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import extend_tokenizer
+from extend_tokenizer import (
+    Config, ConfigError, any_of, base_tokenizer, extend, format_report, line_ranges, main,
+    new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+TEXT = """The weather over the harbour was grey, and the other boats lay still in the water.
+There were three men on the wall; they were waiting for the ferry, and for the rain to stop.
+"Whether it comes or not," said the oldest, "we shall have been here, and that is something."
+The others did not answer. They watched the water, the weather and the wall, as they always did.
+Thereafter the theatre was closed, and therefore there was nothing else to watch in the harbour.
+Quorum, Quorum, Quorum, Quorum: so they said.
+"""
+ORDINARY = (
+    TEXT + "Don't they?  Two  spaces, a_b, 3rd x2, (the) [other] the-other\n\n\tTabs\n 日本語 🙂.\n"
+)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# "wat", "theat": inside and at the start of ordinary words; the rest as people write them
+LEXICON = [
+    "wat", "riverrun", "paùpulation", "andrée's", "phiz-à-phiz", "arrah-na-poghue", "arrah", "é's",
+    "naïvo", "日本", "кот", "Willingdone", "willingdone", "oe.g", "C++x", "x2y", "theat", "boa",
+    "œuvré",
+]  # fmt: skip
+SENTENCES = [
+    "{}", " {}", "{} ", "a {} b", "a {}, b", "({})", '"{}" said', "a\n{}\nb", "a\r\n{} b", "x{}y",
+    "a  {}  b", "a {}y", "x{} b", "{0} {0}", "a-{}-b", "a {}'s", "_{}_", "the\u00a0{}\u00a0b",
+    "1{}2", "🙂{}🙂",
+]  # fmt: skip
+
+
+def byte_level(qwen: bool = True) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if qwen:
+        cut = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, rest])
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
+    return tokenizer
+
+
+def sentencepiece(metaspace: bool = False) -> Tokenizer:
+    """Llama-2's layout: specials, 256 byte tokens, pieces; and a special token after them all."""
+    trained = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?\p{N}|▁?[^▁\p{L}\p{N}]+|▁+"), "isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(split=False), cut])
+    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=160, show_progress=False))
+    trained = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [token for token in trained["vocab"] if token != "\n"]
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in trained["merges"]]
+    merges = [tuple(pair) for pair in merges if "\n" not in "".join(pair)]
+    tokens = [token for token in tokens if "\n" not in token]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    if metaspace:
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+KINDS = {
+    "qwen": byte_level, "gpt2": lambda: byte_level(qwen=False),
+    "llama2": sentencepiece, "metaspace": lambda: sentencepiece(metaspace=True),
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(kind, **settings) -> Config of a run with that tokenizer, LEXICON and a corpus."""
+
+    def make(kind="qwen", lexicon=LEXICON, corpus=None, settings=None, model_config=None, **keys):
+        model = tmp_path / "model"
+        model.mkdir(exist_ok=True)
+        (model / "tokenizer.json").write_text(KINDS[kind]().to_str(), encoding="utf-8")
+        settings = {"eos_token": "</s>" if kind in ("llama2", "metaspace") else "<|endoftext|>"} | (
+            settings or {}
+        )
+        (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        if model_config:
+            (model / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+        words = (
+            lexicon if isinstance(lexicon, bytes) else "".join(f"{w}\n" for w in lexicon).encode()
+        )
+        (tmp_path / "words.txt").write_bytes(words)
+        corpus = f"{ORDINARY}and {' and '.join(LEXICON)} came\n" if corpus is None else corpus
+        corpus = corpus if isinstance(corpus, bytes) else corpus.encode()
+        (tmp_path / "corpus.txt").write_bytes(corpus)
+        paths = {"model_name": str(model), "run_dir": str(tmp_path / "run")}
+        paths |= {"lexicon": str(tmp_path / "words.txt"), "corpus": str(tmp_path / "corpus.txt")}
+        return Config(**(paths | keys))
+
+    return make
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# New words and their ids
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt2"])
+def test_byte_level_ids_are_the_same_for_all_matchings(make, kind):
+    base = KINDS[kind]()
+    known = [token for token in base.get_vocab() if token.isascii() and token.isalpha()][-2:]
+    lexicon = [known[0], *LEXICON, known[1], "<|endoftext|>"]
+    for matching in ("spaced", "bare", "plain"):
+        new = plan_new_words(make(kind, lexicon, token_matching=matching))
+        assert new.words == [word for word in LEXICON if word not in base.get_vocab()] == LEXICON
+        assert new.known == 2 and new.lexicon.refused == {"special token": [len(lexicon)]}
+        assert new.base_size == new.first_new_id == base.get_vocab_size() == 382
+        ids = [new.tokenizer.token_to_id(content) for content in new.contents]
+        assert ids == list(range(382, 382 + len(LEXICON)))
+        assert new.tokenizer.get_vocab_size() == 382 + len(LEXICON)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace"])
+def test_sentencepiece_words_are_known_as_whole_words(make, kind):
+    base = KINDS[kind]()
+    vocab = base.get_vocab()
+    whole = [token[1:] for token in vocab if token[0] == "▁" and token[1:].isalpha()]
+    whole = [word for word in whole if word not in vocab]
+    parts = [token for token in vocab if token.isalpha() and "▁" + token not in vocab]
+    assert len(whole) > 5 and len(parts) > 5
+    new = plan_new_words(make(kind, [*whole, *parts, "riverrun", "naïvo"]))
+    assert new.words == [*parts, "riverrun", "naïvo"] and new.known == len(whole)
+    assert new.devlog_known == len(parts)
+    assert new.matching == "whole_word"
+    size = base.get_vocab_size()
+    assert [new.tokenizer.token_to_id("▁" + word) for word in new.words] == list(
+        range(size, size + len(new.words))
+    )
+    assert new.tokenizer.token_to_id("<pad>") == size - 1 == base.token_to_id("<pad>")
+
+
+@pytest.mark.parametrize("matching", ["spaced", "bare", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_new_row_is_reached_and_decodes_to_its_word(make, kind, matching):
+    new = plan_new_words(make(kind, token_matching=matching))
+    for i, word in enumerate(new.words, new.first_new_id):
+        ids = encode(new.tokenizer, f"a {word} b")
+        assert i in ids
+        if matching != "plain":
+            assert decode(new.tokenizer, [i]).strip() == word
+            assert sum(j >= new.first_new_id for j in ids) == 1
+        if new.contents[i - new.first_new_id][0] in " ▁":
+            assert ids == [*encode(new.base, "a"), i, *encode(new.base, "a b")[1:]]
+
+
+@pytest.mark.parametrize("matching", ["spaced", "bare"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_round_trip_wherever_the_base_has_one(make, kind, matching, sentence):
+    new = plan_new_words(make(kind, token_matching=matching))
+    for word in [
+        *LEXICON,
+        "ordinary",
+        "e\u0301a",
+        "<|endoftext|>",
+        "<0x41>",
+        "</s>",
+        "🙂",
+        "a\u200db",
+    ]:
+        text = sentence.format(word)
+        if decode(new.base, encode(new.base, text)) == text:
+            assert decode(new.tokenizer, encode(new.tokenizer, text)) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordinary_text_keeps_its_ids(make, kind):
+    """Lexicon words inside ordinary ones included: "wat" in "water", "theat" in "theatre"."""
+    bare = plan_new_words(make(kind, token_matching="bare"))
+    assert encode(bare.tokenizer, ORDINARY) == encode(bare.base, ORDINARY)
+    for text in ("foo<0x41>", "a<0x0A>b <0x0A>", "<unk", "  two   spaces", "▁", "²).", "x▁y"):
+        assert encode(bare.tokenizer, text) == encode(bare.base, text)
+
+
+def test_spaced_takes_the_space_in_unless_the_word_begins_a_longer_entry(make):
+    vocab = byte_level().get_vocab()
+    assert {"Ġweather", "ĠQuorum"} < set(vocab) and not {"wea", "quor", "Weather"} & set(vocab)
+    new = plan_new_words(make(lexicon=["wea", "riverrun", "quor", "Weathe", "weatherly", "weà"]))
+    assert new.contents == ["wea", " riverrun", "quor", " Weathe", " weatherly", " weà"]
+    assert encode(new.tokenizer, " weather") == encode(new.base, " weather")
+    assert encode(new.tokenizer, "a wea b").count(new.first_new_id) == 1
+
+
+def test_bare_writes_words_that_the_decoder_would_misread_with_their_space(make):
+    words = ["riverrun", "naïvo", "日本", "кот", "œuvré"]
+    new = plan_new_words(make(lexicon=words, token_matching="bare"))
+    assert new.contents == ["riverrun", " naïvo", "日本", "кот", "œuvré"]
+    plain = plan_new_words(make(lexicon=words, token_matching="plain"))
+    assert plain.contents == words
+    assert decode(plain.tokenizer, encode(plain.tokenizer, "a naïvo b")) != "a naïvo b"
+
+
+def test_plain_is_what_add_tokens_does(make):
+    new = plan_new_words(make(token_matching="plain"))
+    reference = byte_level()
+    reference.add_tokens(LEXICON)
+    for sentence in SENTENCES:
+        for word in LEXICON:
+            text = sentence.format(word) + ORDINARY
+            assert encode(new.tokenizer, text) == encode(reference, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("matching", ["spaced", "bare"])
+def test_spellings_are_the_base_ids_of_what_matches(make, kind, matching):
+    new = plan_new_words(make(kind, token_matching=matching))
+    before = encode(new.base, "a")
+    for word, content, ids in zip(new.words, new.contents, new.spellings):
+        with_space = encode(new.base, f"a {word}")[len(before) :]
+        assert ids == (with_space if content[0] in " ▁" else encode(new.base, word))
+
+
+def test_compounds_match_whole_and_only_whole_in_sentencepiece(make):
+    words = ["foo", "foo-bar", "foo-bar-baz", "don't-know", "a.b", "C++", "x_y"]
+    new = plan_new_words(make("llama2", words, corpus="foo"))
+    first = new.first_new_id
+
+    def found(text: str) -> list[int]:
+        return [i - first for i in encode(new.tokenizer, text) if i >= first]
+
+    assert found("a foo-bar-baz, foo-bar foo C++ x_y a.b don't-know.") == [2, 1, 0, 5, 6, 4, 3]
+    assert found("a foo-bars foo-bar-bazzle xfoo-bar") == [0, 1]
+    assert found("foos afoo C++x a.bc  foo") == []
+
+
+def test_any_of_matches_the_longest_word():
+    import re
+
+    words = ["a", "ab", "abc-d", "abc-e", "b+", "é's"]
+    pattern = re.compile(any_of(words))
+    assert [pattern.match(w + "!")[0] for w in words] == words
+    assert pattern.match("abc-x")[0] == "ab" and not pattern.match("xa")
+
+
+def test_bos_id_is_what_the_base_puts_before_a_text(make):
+    assert plan_new_words(make("qwen")).bos_id is None
+    assert plan_new_words(make("llama2")).bos_id == 1
+
+
+def test_hash_tells_words_order_and_first_id():
+    value = new_words_hash(["é", "b"], 7)
+    assert value == hashlib.sha256("7\né\nb".encode()).hexdigest()
+    assert len({value, new_words_hash(["b", "é"], 7), new_words_hash(["é", "b"], 8)}) == 3
+
+
+# Lexicon and corpus
+
+
+def test_lexicon_repairs_and_refusals_by_line(make, tmp_path):
+    lines = [
+        "\ufeffriverrun", "willing\r", "\u00a0 outer\t", "cafe\u0301", "riverrun", "", "   ",
+        "<|endoftext|>", "x<|im_start|>y", "two words", "nb\u00a0sp", "bell\x07", "zero\u200bwidth",
+        "--", "🙂", "café", "نمی\u200cخواهم", "\ufeffсон", "क्\u200dष",
+    ]  # fmt: skip
+    new = plan_new_words(make(lexicon="\n".join(lines).encode()))
+    assert new.lexicon.words == [
+        "riverrun",
+        "willing",
+        "outer",
+        "café",
+        "نمی\u200cخواهم",
+        "сон",
+        "क्\u200dष",
+    ]
+    assert new.lexicon.repaired == {
+        "byte order mark": [1, 18], "carriage return": [2], "outer blanks": [3, 7], "not NFC": [4],
+        "duplicate": [5, 16],
+    }  # fmt: skip
+    assert new.lexicon.refused == {
+        "special token": [8, 9], "inner blanks": [10, 11], "control character": [12, 13],
+        "no letter or digit": [14, 15],
+    }  # fmt: skip
+    assert new.words == new.lexicon.words
+
+
+def test_sentencepiece_refuses_its_sign_for_a_space(make):
+    new = plan_new_words(make("llama2", ["river▁run", "riverrun"]))
+    assert new.words == ["riverrun"] and new.lexicon.refused == {"special token": [1]}
+
+
+def test_line_ranges():
+    assert line_ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
+    assert line_ranges([5]) == "5"
+
+
+def test_corpus_is_read_as_it_stands(make):
+    assert read_corpus(make(corpus=b"\xef\xbb\xbfa\r\nb\rc\n")) == ["a\r\nb\rc\n"]
+
+
+def test_pieces_cut_only_where_no_token_reaches_over(make):
+    text = ("wall, \n\n  the waters\r\n\r\nthere...\n" * 9000)[:-1] + "  \n"
+    parts = pieces(text)
+    assert "".join(parts) == text and len(parts) == 5
+    for kind in ("qwen", "gpt2"):
+        base = KINDS[kind]()
+        assert [i for part in parts for i in encode(base, part)] == encode(base, text)
+
+
+def one_error(config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        extend(config)
+    assert not Path(config.run_dir).exists()
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_error_lines(make, tmp_path):
+    words, corpus, model = tmp_path / "words.txt", tmp_path / "corpus.txt", tmp_path / "model"
+    assert (
+        one_error(make(lexicon=b""))
+        == f"{words}: no usable word (empty file); give one word a line"
+    )
+    assert one_error(make(lexicon=["--", "a b", "c d"])) == (
+        f"{words}: no usable word (no letter or digit: 1, inner blanks: 2); give one word a line"
+    )
+    assert one_error(make(lexicon=b"ok\nr\xe9sum\n")) == (
+        f"{words}: not UTF-8: byte 0xe9 at offset 4, line 2; save it as UTF-8"
+    )
+    assert one_error(make(lexicon=["he", "ing"])) == (
+        f"{words}: the base vocabulary holds every word of the lexicon"
+    )
+    assert one_error(make(corpus="The weather was grey.\n")) == (
+        f"{words}: none of its {len(LEXICON)} new words matches in the corpus (spaced "
+        "matching); check that the two belong together"
+    )
+    assert (
+        one_error(make(corpus=b"\xef\xbb\xbf \n"))
+        == f"{corpus}: the corpus file is empty; give a text"
+    )
+    assert one_error(make(corpus=b"abc\xff")) == (
+        f"{corpus}: not UTF-8: byte 0xff at offset 3, line 1; save it as UTF-8"
+    )
+    gone = tmp_path / "gone"
+    for key in ("lexicon", "corpus"):
+        config = dataclasses.replace(
+            make(), **{key: (str(gone),) if key == "corpus" else str(gone)}
+        )
+        assert one_error(config) == f"{gone}: cannot be read: No such file or directory"
+    config = dataclasses.replace(make(), model_name=str(gone))
+    assert one_error(config) == f"model_name {str(gone)!r}: no such folder"
+    config = make()
+    (model / "tokenizer.json").unlink()
+    assert one_error(config) == f"model_name {str(model)!r}: {model} holds no tokenizer"
+
+
+def test_several_corpus_files_report_all_at_once(make, tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(ConfigError) as caught:
+        read_corpus(make(corpus=b"", **{}))
+    assert len(caught.value.problems) == 1
+    config = dataclasses.replace(make(corpus=b""), corpus=(str(gone), str(tmp_path / "corpus.txt")))
+    with pytest.raises(ConfigError) as caught:
+        read_corpus(config)
+    assert caught.value.problems == (
+        f"{gone}: cannot be read: No such file or directory",
+        f"{tmp_path / 'corpus.txt'}: the corpus file is empty; give a text",
+    )
+
+
+def test_damaged_tokenizers_are_refused(make, tmp_path):
+    config, file = make(), tmp_path / "model" / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    assert one_error(config).startswith(
+        f"model_name {config.model_name!r}: its tokenizer.json is damaged, or newer than the "
+        "installed tokenizers package reads: "
+    )
+    spec["model"]["vocab"]["Q"] = 2000
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    line = f"model_name {config.model_name!r}: the ids of its tokenizer have holes"
+    assert one_error(config) == line
+
+
+def test_other_tokenizer_types_are_refused(make, tmp_path):
+    config = make()
+    other = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    (tmp_path / "model" / "tokenizer.json").write_text(other.to_str(), encoding="utf-8")
+    assert one_error(config) == (
+        "the model's tokenizer is of type WordPiece; words can be added to byte-level BPE (Qwen, "
+        "Llama 3, SmolLM2, GPT-2) and SentencePiece-style BPE (Llama-2, TinyLlama, Mistral v0.1)"
+    )
+
+
+# Lexicon from the corpus
+
+
+def test_lexicon_from_corpus(make, tmp_path):
+    corpus = f"{TEXT}Zyx-qvw zyx'qj Zyx-qvw. kjq\nkjq zyx'qj 'kjq' zyx'qj once-onzq 12345 12345 \n"
+    keys = {"lexicon_min_count": 2, "lexicon_min_base_tokens": 3}
+    config = dataclasses.replace(make(corpus=corpus), lexicon="from_corpus", **keys)
+    base = base_tokenizer(config)
+    words = plan_new_words(config).words
+    assert words[:3] == ["zyx'qj", "kjq", "Zyx-qvw"]  # 3, 3 and 2 times; none of TEXT's short words
+    assert not Path(config.run_dir).exists()
+    assert all(len(encode(base, " " + word)) >= 3 for word in words)
+    assert all(corpus.count(word) >= 2 for word in words)
+    assert extend(config).words == words
+    lexicon = Path(config.run_dir, "lexicon.txt")
+    assert lexicon.read_bytes() == "".join(f"{word}\n" for word in words).encode()
+    lexicon.write_text("zyx'qj\n\n", encoding="utf-8")  # people edit it
+    assert extend(config).words == ["zyx'qj"]
+    lexicon.unlink()
+    with pytest.raises(ConfigError) as caught:
+        extend(dataclasses.replace(config, lexicon_min_count=9))
+    assert str(caught.value) == (
+        "lexicon from_corpus: no word of the corpus occurs 9 times and takes 3 base tokens; lower "
+        "lexicon_min_count or lexicon_min_base_tokens"
+    )
+
+
+# Report
+
+
+def test_report_figures(make):
+    corpus = "the riverrun, the riverrun weather wea was weas\nand wat water naïvo\n"
+    lexicon = ["riverrun", "wea", "wat", "naïvo", "never", "he", "riverrun"]
+    config = make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 384})
+    new = extend(config)
+    report = new.report
+    assert json.loads(Path(config.run_dir, "tokenizer/report.json").read_text("utf-8")) == report
+    expected = {
+        "matching": "spaced", "base_size": 382, "lexicon_words": 6, "known": 1, "new_tokens": 5,
+        "table_rows": 384, "padding_rows": 2, "new_ids_in_padding": 2, "total": 387,
+        "expansion_percent": 1.31, "devlog_known": 1, "words_never_matching": [],
+        "words_decoding_wrongly": [], "repaired_lines": {"duplicate": "7"}, "refused_lines": {},
+        "load_with": "AutoTokenizer",
+    }  # fmt: skip
+    assert {key: report[key] for key in expected} == expected
+    assert report["new_words_sha256"] == new_words_hash(new.words, 382)
+    before = sum(len(encode(new.base, f" {word}")) for word in new.words) / 5
+    assert report["tokens_per_new_word_before"] == round(before, 3)
+    # "wea" and "wat" begin longer entries of the base: bare, two tokens
+    assert new.contents == [" riverrun", "wea", "wat", " naïvo", " never"]
+    assert report["tokens_per_new_word_after"] == (1 + 2 + 2 + 1 + 1) / 5
+    figures = report["corpus"]
+    ids = encode(new.tokenizer, corpus)
+    assert figures["tokens_before"] == len(encode(new.base, corpus))
+    assert figures["tokens_after"] == len(ids)
+    assert figures["new_tokens"] == sum(i >= 382 for i in ids) == 5
+    assert (figures["new_words_seen_once"], figures["new_words_never_seen"]) == (3, 1)
+    assert figures["bytes"] == len(corpus.encode())
+    assert figures["ordinary_words"] == 7  # the the weather was weas and water
+    assert figures["ordinary_words_changed"] == 0
+    assert figures["exact_round_trip"] and figures["first_bad_line"] is None
+
+
+def test_table_size_of_models_with_a_part_for_text(make):
+    model_config = {"model_type": "gemma3", "text_config": {"vocab_size": 400}}
+    assert extend(make(model_config=model_config)).report["table_rows"] == 400
+
+
+def test_report_counts_ordinary_words_that_plain_cuts_up(make):
+    corpus = "the water was riverrun\nthe Water a waters cold a b water wat\n"
+    report = extend(make(lexicon=["wat", "riverrun"], corpus=corpus, token_matching="plain")).report
+    assert report["corpus"]["ordinary_words"] == 11
+    assert report["corpus"]["ordinary_words_changed"] == 3
+    assert report["corpus"]["ordinary_words_changed_examples"] == ["water", "waters"]
+
+
+def test_report_says_where_the_round_trip_breaks(make, tmp_path):
+    corpus = "riverrun\n" * 40_000 + "a naïvo b\nand on\n"
+    config = make(corpus=corpus, token_matching="plain")
+    report = extend(config).report
+    assert report["words_decoding_wrongly"] == [
+        "paùpulation", "andrée's", "phiz-à-phiz", "é's", "naïvo",
+    ]  # fmt: skip
+    assert report["corpus"]["first_bad_line"] == (
+        f"{tmp_path / 'corpus.txt'}, line 40001: 'a naïvo b' comes back as 'a na\ufffdvo b'"
+    )
+    config = make(corpus="a riverrun\ncafe\u0301\n")  # Qwen's own normalizer makes NFC of it
+    assert extend(config).report["corpus"]["first_bad_line"] == (
+        f"{tmp_path / 'corpus.txt'}, line 2: 'cafe\u0301' comes back as 'café'; "
+        "the base tokenizer is not exact either"
+    )
+
+
+def test_printed_report(make, tmp_path):
+    corpus = "the riverrun, the riverrun water\n"
+    lexicon = ["riverrun", "he", "two words", "riverrun", "w\u00e0s"]
+    new = extend(make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 383}))
+    assert (
+        format_report(new.report)
+        == """\
+| base vocabulary                   |       382 |
+| words in lexicon                  |         3 |
+| already known                     |         1 |
+| new tokens                        |         2 |
+| padding rows of the model's table |         1 |
+| new ids that fall there           |         1 |
+| final size                        |       384 |
+| expansion                         |    0.52 % |
+spaced matching: 1.0 tokens per new word in a sentence, 5.5 before
+lexicon lines repaired, duplicate: 4
+lexicon lines refused, inner blanks: 3
+corpus: 33 bytes, 19 tokens before, 7 after, 28.57% new; new words seen once 0, never 1
+ordinary words whose ids changed: 0 of 3 (0.00%): none
+round trip of the corpus: exact"""
+    )
+
+
+def test_printed_report_says_what_else_there_is_to_know(make):
+    text = format_report(extend(make("llama2")).report)
+    assert "| padding rows of the model's table |   unknown |" in text
+    assert "unknown: the model's folder has no config.json with a vocab_size" in text
+    assert "token_matching does not apply; known = held as a whole word; by exact string 0 " in text
+    text = format_report(
+        extend(make(token_matching="plain", model_config={"vocab_size": 9})).report
+    )
+    assert "plain cuts up ordinary words, spaced and bare do not" in text
+    assert "the model's table has only 9 rows" in text
+    assert "5 new words decode wrongly: paùpulation, andrée's, phiz-à-phiz, é's, naïvo" in text
+
+
+# Saving and loading
+
+
+def files_of(config: Config) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(config.run_dir, "tokenizer").iterdir()}
+
+
+def test_same_bytes_each_time_and_a_kill_is_repaired(make, monkeypatch):
+    config = make()
+    extend(config)
+    first = files_of(config)
+    assert set(first) == {"tokenizer.json", "tokenizer_config.json", "report.json"}
+    extend(config)
+    assert files_of(config) == first
+    run, rename, rmtree = Path(config.run_dir), Path.rename, shutil.rmtree
+    for last_step in range(4):  # rmtree old; rename old; rename new; rmtree old
+        steps = iter(range(9))
+
+        def killed(act, steps=steps, last_step=last_step):
+            if next(steps) > last_step:
+                raise KeyboardInterrupt
+            return act
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda a, b: killed(rename)(a, b))
+            patch.setattr(shutil, "rmtree", lambda a, **keys: killed(rmtree)(a, **keys))
+            with pytest.raises(KeyboardInterrupt):
+                extend(config)
+        extend(config)
+        assert files_of(config) == first
+        assert [path.name for path in run.iterdir()] == ["tokenizer"]
+
+
+def test_extend_without_saving_writes_nothing(make):
+    config = make()
+    assert extend(config, save=False).report["new_tokens"] == len(LEXICON)
+    assert not Path(config.run_dir).exists()
+
+
+def test_run_dir_that_cannot_be_written(make, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="run_dir .*file/run': cannot be written: .*directory"):
+        extend(make(run_dir=str(tmp_path / "file" / "run")))
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}é{% endfor %}"
+BASE_SETTINGS = {
+    "tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True,
+    "pad_token": {"content": "<pad>", "__type": "AddedToken"}, "unk_token": None,
+    "extra_special_tokens": ["<|im_start|>"], "clean_up_tokenization_spaces": True,
+    "auto_map": {"AutoTokenizer": ["x.Y", None]}, "chat_template": TEMPLATE,
+    "model_max_length": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [None, "llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folder_loads_with_the_same_ids(make, kind, beside):
+    """On the transformers that is installed; tests/run_matrix.py runs it on old and new ones."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = BASE_SETTINGS | {
+        "pad_token": "<|im_start|>" if kind in ("qwen", "gpt2") else "<pad>"
+    }
+    model_config = beside and {"model_type": beside, "vocab_size": 500}
+    config = make(kind, settings=settings, model_config=model_config)
+    new = extend(config)
+    folder = Path(config.run_dir, "tokenizer")
+    if beside:
+        (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+    # The one case where transformers 5 would take another pattern than tokenizer.json's.
+    foreign = kind != "qwen" and beside == "qwen2"
+    assert new.report["load_with"] == ("PreTrainedTokenizerFast" if foreign else "AutoTokenizer")
+    loader = PreTrainedTokenizerFast if foreign else AutoTokenizer
+    loaded = loader.from_pretrained(str(folder))
+    texts = [sentence.format(word) for sentence in SENTENCES for word in LEXICON] + [
+        ORDINARY,
+        "</s>",
+    ]
+    for text in texts:
+        assert loaded(text)["input_ids"] == new.tokenizer.encode(text).ids
+        ids = encode(new.tokenizer, text)
+        assert loaded.decode(ids) == decode(new.tokenizer, ids)
+    assert len(loaded) == new.base_size + len(new.words)
+    assert loaded.eos_token == ("</s>" if kind in ("llama2", "metaspace") else "<|endoftext|>")
+    assert loaded.pad_token == settings["pad_token"] and loaded.chat_template == TEMPLATE
+    assert loaded.model_max_length == 2048
+
+
+def test_chat_template_file_and_special_tokens_map_are_kept(make, tmp_path):
+    config = make(settings={"eos_token": None})
+    model = tmp_path / "model"
+    (model / "chat_template.jinja").write_bytes(TEMPLATE.encode())
+    tokens = {
+        "eos_token": {"content": "<|endoftext|>", "lstrip": False},
+        "pad_token": "<|im_start|>",
+    }
+    (model / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
+    extend(config)
+    files = files_of(config)
+    assert files["chat_template.jinja"] == TEMPLATE.encode()
+    settings = json.loads(files["tokenizer_config.json"])
+    assert settings == {
+        "eos_token": "<|endoftext|>", "pad_token": "<|im_start|>",
+        "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+
+
+# Where the base tokenizer comes from
+
+
+def test_slow_tokenizer_files_go_through_transformers(make, tmp_path):
+    config = make("gpt2")
+    model = tmp_path / "model"
+    base = Tokenizer.from_file(str(model / "tokenizer.json"))
+    base.model.save(str(model))  # vocab.json and merges.txt
+    (model / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (model / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 400}', encoding="utf-8"
+    )
+    new = extend(config)
+    assert new.words == LEXICON and new.report["table_rows"] == 400
+    for text in (ORDINARY, "a naïvo"):
+        assert encode(new.base, text) == encode(base, text)
+
+
+def test_hub_models_come_through_the_hub_cache(make, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        if name == "some/where":
+            return str(tmp_path / "model")
+        raise LocalEntryNotFoundError("cannot reach\n the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = make(model_name="some/where", model_revision="v1")
+    assert plan_new_words(config).words == LEXICON and asked == [("some/where", "v1")]
+    assert one_error(dataclasses.replace(config, model_name="no/where")) == (
+        "model_name 'no/where': no such folder, and the hub says: cannot reach the hub"
+    )
+
+
+# The command
+
+
+def config_file(config: Config) -> Path:
+    path = Path(config.lexicon).with_name("run.yaml")
+    keys = {k: getattr(config, k) for k in ("model_name", "lexicon", "run_dir")}
+    keys["corpus"] = list(config.corpus)
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    return path
+
+
+def test_main_prints_and_returns(make, capsys):
+    config = make()
+    new = main(str(config_file(config)), "token_matching=bare")
+    assert new.matching == "bare"
+    assert capsys.readouterr().out == (
+        f"{config.model_name} -> {config.run_dir}/tokenizer\n{format_report(new.report)}\n"
+    )
+
+
+def test_command_exit_statuses(make):
+    script, path = ROOT / "extend_tokenizer.py", config_file(make())
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, str(script), *map(str, arguments)],
+            capture_output=True,
+            encoding="utf-8",
+        )
+
+    done = run(path)
+    assert (done.returncode, done.stderr) == (0, "") and "| new tokens " in done.stdout
+    wrong = run(path, "lexicon=/no/words.txt")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == "/no/words.txt: cannot be read: No such file or directory\n"
+    assert run().returncode == 2 and "usage:" in run("--help").stdout
+
+
+def test_no_transformers_and_no_torch_for_a_model_with_a_tokenizer_json(make):
+    code = (
+        "import sys, extend_tokenizer as e; e.main(sys.argv[1]);"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'heavy'"
+    )
+    command = [sys.executable, "-c", code, str(config_file(make()))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+
+def test_extend_tokenizer_reads_a_lexicon_alone(tmp_path):
+    (tmp_path / "w.txt").write_bytes(b"b\na\n")
+    lexicon = read_lexicon(tmp_path / "w.txt")
+    assert lexicon == extend_tokenizer.Lexicon(["b", "a"], {}, {})

@@ -1,0 +1,128 @@
+"""Proves that each model family goes from extension to export, and others are refused in one line.
+
+    python -m pytest tests/test_families.py
+
+Every family in tiny_models.FAMILIES is a local folder with a byte-level tokenizer; the run is the
+real `train.train`, continued from the middle, and its exports are read by plain transformers.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import (
+    FAMILIES,
+    FIRST_NEW_ID,
+    REFUSED,
+    make_model,
+    random_rows,
+    save_model,
+    write_words,
+)
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import recover
+import train
+from extend_tokenizer import Config
+from overlay import OverlayError, WakeOverlay
+
+NUM_WORDS = 20
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes longer than training here; tests of the run folder look at the plot."""
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+
+
+def make_config(family: str, folder, **changes) -> Config:
+    settings = {
+        "model_name": str(save_model(family, folder / "model")), "quantization": "none",
+        "device": "cpu", **write_words(folder, NUM_WORDS), "run_dir": str(folder / "run"),
+        "seq_len": 24, "effective_batch_size": 8, "max_steps": 20, "learning_rate": 0.02,
+        "save_every": 10, "snapshot_every": 10, "eval_every": 20, "prompts": ["the glimock saw"],
+    }  # fmt: skip
+    return Config(**(settings | changes))
+
+
+def read_rows(config: Config, step: int) -> dict[str, torch.Tensor]:
+    return load_file(f"{config.run_dir}/sentries/step_{step:06d}/rows.safetensors")
+
+
+def library_loss(folder, config: Config) -> float:
+    """Held-out nats per token of an exported model and tokenizer, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = train.load_data(config, train.plan_new_words(config))
+    assert len(AutoTokenizer.from_pretrained(folder)) == FIRST_NEW_ID + NUM_WORDS
+    num_tokens = (len(data.val) - 1) // config.seq_len * config.seq_len
+    x = data.val[:num_tokens].view(-1, config.seq_len)
+    with torch.no_grad():
+        logits = model(input_ids=x).logits.flatten(0, 1)
+    return functional.cross_entropy(logits, data.val[1 : num_tokens + 1]).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_from_extension_to_export(family, tmp_path):
+    config = make_config(family, tmp_path)
+    result = train.train(config)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").split("\n")[0])
+    assert (first["step"], result["step"]) == (0, 20)
+    assert result["val_loss"] < first["val_loss"]
+    rows = read_rows(config, 20)
+    untied = not make_model(family).config.tie_word_embeddings
+    assert ("output_rows" in rows) == untied
+    assert rows["input_rows"].shape == (NUM_WORDS, 32)
+    assert not torch.equal(rows["input_rows"], read_rows(config, 10)["input_rows"])
+
+    # as after a disconnect at step 15: the rest is done again, to the same bits
+    for folder in ("sentries", "snapshots"):
+        shutil.rmtree(tmp_path / "run" / folder / "step_000020")
+    again = train.train(config)
+    assert again == result
+    for name, tensor in read_rows(config, 20).items():
+        assert torch.equal(tensor, rows[name]), name
+
+    recover.main("export", config.run_dir, str(tmp_path / "rows"), "--format", "rows")
+    exported = load_file(tmp_path / "rows" / "rows.safetensors")
+    assert exported.keys() == {"input_rows", "output_rows"} & rows.keys()
+    assert all(torch.equal(tensor, rows[name]) for name, tensor in exported.items())
+    recover.main("export", config.run_dir, str(tmp_path / "merged"), "--format", "merged")
+    assert library_loss(tmp_path / "merged", config) == pytest.approx(result["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "gemma2", "phi3"])
+def test_a_family_trains_in_nf4(family, tmp_path):
+    """The body in 4 bits through bitsandbytes; the rows still learn."""
+    pytest.importorskip("bitsandbytes")
+    config = make_config(family, tmp_path, quantization="nf4", prompts=[])
+    results = []
+    for changes in ({}, {"run_dir": str(tmp_path / "untrained"), "learning_rate": 1e-30}):
+        results.append(train.train(dataclasses.replace(config, **changes)))
+    trained, untrained = results
+    assert trained["val_loss"] < untrained["val_loss"]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_the_overlay_cannot_serve_is_refused_in_one_line(family):
+    model = make_model(family)
+    rows = [random_rows(model, 3, seed) for seed in (1, 2)]
+    with pytest.raises(OverlayError) as caught:
+        WakeOverlay(model, FIRST_NEW_ID, *rows).install()
+    (problem,) = caught.value.problems
+    text = REFUSED[family][3]
+    if "probe" in text:  # the number on a probe is the model's own
+        assert re.fullmatch(text, problem)
+    else:
+        assert problem == text
+
+
+def test_a_refused_family_stops_training_with_the_same_line(tmp_path):
+    config = make_config("phi_head_bias", tmp_path)
+    with pytest.raises(OverlayError) as caught:
+        train.train(config)
+    assert str(caught.value) == REFUSED["phi_head_bias"][3]

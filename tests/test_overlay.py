@@ -1,0 +1,436 @@
+"""Proves that the overlay makes a model the one with resized tables, and gives the old one back.
+
+    python -m pytest tests/test_overlay.py
+
+Every comparison is with `full_table_model`: the library's own class, embedding, head, loss and
+autograd on tables that were resized by hand. Rows and weights are random and of the same size.
+"""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILIES, FIRST_NEW_ID, TABLE_ROWS, full_table_model, make_model, random_rows,
+)  # fmt: skip
+from torch import nn
+
+import overlay as overlay_module
+import train
+from overlay import (
+    OverlayError, WakeOverlay, check_head, dense_weight, spherical_rows, subtoken_mean,
+)  # fmt: skip
+
+NUM_NEW = 20  # ids 257..276; 257..263 fall on padding rows of a 264-row table
+VOCAB_SIZE = FIRST_NEW_ID + NUM_NEW
+CASES = [(family, "own") for family in FAMILIES]  # own: as the family's head is, tied or not
+CASES += [("qwen2_tied", "separate"), ("gemma2", "separate"), ("qwen2_untied", "shared")]
+PLACE = train.Place(0, 1, torch.device("cpu"), torch.float32, "a CPU")
+
+
+def make_pair(family: str, rows: str = "own", dtype=torch.float32, train_output: bool = True):
+    """(model, overlay over it, the full-table reference)"""
+    model = make_model(family, dtype)
+    separate = rows == "separate" or (rows == "own" and not model.config.tie_word_embeddings)
+    input_rows = random_rows(model, NUM_NEW, seed=1)
+    output_rows = random_rows(model, NUM_NEW, seed=2) if separate else None
+    reference = full_table_model(model, FIRST_NEW_ID, input_rows, output_rows)
+    overlay = WakeOverlay(model, FIRST_NEW_ID, input_rows, output_rows, train_output)
+    return model, overlay, reference
+
+
+def random_ids(*shape: int, seed: int = 3, high: int = VOCAB_SIZE) -> torch.Tensor:
+    """Half of them new ids."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randint(0, min(high, FIRST_NEW_ID), shape, generator=generator)
+    new = torch.randint(FIRST_NEW_ID, VOCAB_SIZE, shape, generator=generator)
+    is_new = torch.rand(shape, generator=generator) < 0.5
+    return torch.where(is_new & (high > FIRST_NEW_ID), new, base)
+
+
+def make_batch(overlay: WakeOverlay, size: int = 8, seq_len: int = 10) -> train.StepBatch:
+    """A step's sequences; the first holds every new id as input and as target."""
+    stream = random_ids(size * seq_len + 1)
+    stream[1 : NUM_NEW + 1] = torch.arange(FIRST_NEW_ID, VOCAB_SIZE)
+    x, y = train.sequences(stream, torch.arange(size), seq_len, None)
+    return train.StepBatch(x, y, overlay.base_embed(x), x, torch.arange(size))
+
+
+def run_accumulate(
+    overlay: WakeOverlay, batch: train.StepBatch, micro_batch_size: int = 8
+) -> float:
+    fit = train.Fit(micro_batch_size, recomputed=0)
+    loss = train.accumulate(batch, overlay, None, PLACE, fit, train.LossScale())
+    return loss.item() / batch.y.numel()
+
+
+def dense_input_grad(overlay: WakeOverlay) -> torch.Tensor:
+    """The gradient of the rows in use, in a (N, H) tensor."""
+    return torch.zeros_like(overlay.input_rows).index_add(0, overlay.touched, overlay.input_grad)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest entry of the reference."""
+    difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    assert ours.shape == theirs.shape and difference <= tolerance, (
+        f"relative difference {difference}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The installed model is the model with resized tables
+# ------------------------------------------------------------------------------------------------
+
+
+# bf16 keeps 8 bits; sums of 32 products differ in order, and short inputs use the rows in fp32.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("family, rows", CASES)
+@torch.no_grad()
+def test_logits_and_loss_equal_those_of_full_tables(family, rows, dtype, tolerance):
+    model, overlay, reference = make_pair(family, rows, dtype)
+    overlay.install()
+    for ids in (random_ids(2, 9), random_ids(1, 8)):  # generating, at most 8, has its own path
+        ours, theirs = model(input_ids=ids).logits, reference(input_ids=ids).logits
+        assert ours.dtype == theirs.dtype and ours.shape == (*ids.shape, VOCAB_SIZE)
+        assert_close(ours, theirs, tolerance)
+        labels = torch.where(torch.arange(ids.shape[1]) == 3, -100, ids)
+        losses = [m(input_ids=ids, labels=labels).loss for m in (model, reference)]
+        assert_close(*losses, tolerance)
+        # and the hand-written path of training gives the same numbers
+        hidden = overlay.body(inputs_embeds=overlay.embed(ids), use_cache=False).last_hidden_state
+        losses = overlay.loss(hidden[:, :-1], labels[:, 1:])[0]
+        flat = theirs[:, :-1].flatten(0, 1).float()
+        truth = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none")
+        assert_close(losses.flatten(), truth, tolerance)
+
+
+@pytest.mark.parametrize("family, rows", CASES)
+def test_greedy_generation_equals_that_of_full_tables(family, rows):
+    model, overlay, reference = make_pair(family, rows)
+    overlay.install()
+    ids = random_ids(2, 6)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    ours, theirs = (m.generate(ids, attention_mask=mask, **settings) for m in (model, reference))
+    assert torch.equal(ours, theirs)
+    assert ours.shape == (2, 18)
+
+
+def test_generation_reaches_the_new_ids():
+    model, overlay, _ = make_pair("qwen2_untied")
+    overlay.install()
+    ids = random_ids(4, 6)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, pad_token_id=0
+    )
+    assert (out[:, 6:] >= TABLE_ROWS).any()
+
+
+@torch.no_grad()
+def test_ids_on_padding_rows_of_the_base_table_come_from_the_overlay():
+    model, overlay, reference = make_pair("qwen2_untied")
+    for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+        table[FIRST_NEW_ID:] = 1000.0  # any use of a padding row would shift everything
+    overlay.install()
+    ids = torch.arange(FIRST_NEW_ID, TABLE_ROWS)[None]
+    assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits, 1e-5)
+    for row in range(FIRST_NEW_ID, TABLE_ROWS):
+        assert torch.equal(
+            overlay.embed(torch.tensor([[row]]))[0, 0], overlay.input_rows[row - 257]
+        )
+
+
+def test_padding_rows_of_the_base_table_change_no_gradient():
+    grads = []
+    for filling in (0.0, 1000.0):
+        model, overlay, _ = make_pair("gemma2")
+        with torch.no_grad():
+            model.model.embed_tokens.weight[FIRST_NEW_ID:] = filling
+        run_accumulate(overlay, make_batch(overlay))
+        grads.append(torch.cat([overlay.input_grad, overlay.output_grad]))
+    assert_close(*grads, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# The old model afterwards
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, rows", CASES)
+def test_training_and_uninstalling_leave_the_base_bitwise_alone(family, rows):
+    model, overlay, _ = make_pair(family, rows)
+    config, ids = copy.deepcopy(model.config.to_dict()), random_ids(2, 9, high=FIRST_NEW_ID)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    base = dict(model.named_parameters())
+    rows_before = [tensor.clone() for tensor in train.Optimizer(overlay).tensors().values()]
+    overlay.install()
+    assert model.config.vocab_size == overlay.vocab_size == VOCAB_SIZE
+    optimizer, batch = train.Optimizer(overlay), make_batch(overlay)
+    for step in (1, 2):
+        run_accumulate(overlay, batch)
+        optimizer.update(optimizer.gradients(), step, 0.01, 1.0)
+    model(input_ids=batch.x, labels=batch.x).loss.backward()  # the library's own way, too
+    assert not any(parameter.grad is not None for parameter in base.values())
+    assert not any(torch.equal(a, b) for a, b in zip(rows_before, optimizer.tensors().values()))
+    overlay.uninstall()
+    assert (model.get_input_embeddings(), model.get_output_embeddings()) == parts
+    assert model.config.to_dict() == config
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+        assert model(input_ids=ids, labels=ids).loss.isfinite()
+
+
+def test_installing_twice_still_gives_the_old_model_back():
+    model, overlay, _ = make_pair("qwen2_untied")
+    overlay.install()
+    overlay.install()
+    overlay.uninstall()
+    assert model.config.vocab_size == TABLE_ROWS
+    assert type(model.get_input_embeddings()) is nn.Embedding
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients
+# ------------------------------------------------------------------------------------------------
+
+
+def reference_gradients(reference: nn.Module, batch: train.StepBatch):
+    """(mean loss, gradient of the input table, of the head or None where tied): plain autograd."""
+    reference.requires_grad_(True)
+    logits = reference(input_ids=batch.x).logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.y.flatten())
+    loss.backward()
+    embedding, head = reference.model.embed_tokens.weight, reference.lm_head.weight
+    return loss.item(), embedding.grad, None if head is embedding else head.grad
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+@pytest.mark.parametrize("family, rows", CASES)
+def test_row_gradients_equal_autograds_on_full_tables(family, rows, micro_batch_size):
+    _, overlay, reference = make_pair(family, rows)
+    batch = make_batch(overlay)
+    loss = run_accumulate(overlay, batch, micro_batch_size)
+    true_loss, embedding_grad, head_grad = reference_gradients(reference, batch)
+    assert loss == pytest.approx(true_loss, rel=1e-6)
+    found = {name: grad for name, grad, _ in train.Optimizer(overlay).gradients()}
+    if overlay.output_rows is not None:
+        assert_close(dense_input_grad(overlay), embedding_grad[FIRST_NEW_ID:], 1e-5)
+        assert_close(found["output_rows"], head_grad[FIRST_NEW_ID:], 1e-5)
+    else:
+        total = embedding_grad if head_grad is None else embedding_grad + head_grad
+        assert list(found) == ["input_rows"]
+        assert_close(found["input_rows"], total[FIRST_NEW_ID:], 1e-5)
+
+
+def test_frozen_output_rows_get_no_gradient_and_do_not_move():
+    _, overlay, reference = make_pair("qwen2_untied", train_output=False)
+    before, batch = overlay.output_rows.clone(), make_batch(overlay)
+    optimizer = train.Optimizer(overlay)
+    run_accumulate(overlay, batch)
+    _, embedding_grad, _ = reference_gradients(reference, batch)
+    assert_close(dense_input_grad(overlay), embedding_grad[FIRST_NEW_ID:], 1e-5)
+    assert overlay.output_grad is None and not overlay.output_rows.requires_grad
+    gradients = optimizer.gradients()
+    optimizer.update(gradients, 1, 0.01, 1.0)
+    assert [name for name, _, _ in gradients] == ["input_rows"]
+    assert torch.equal(overlay.output_rows, before)
+
+
+@pytest.mark.parametrize("family, rows", [("qwen2_untied", "own"), ("gemma2", "own")])
+def test_gradients_do_not_depend_on_the_micro_batch(family, rows):
+    found = []
+    for micro_batch_size in (8, 1, 2, 4):
+        _, overlay, _ = make_pair(family, rows)
+        loss = run_accumulate(overlay, make_batch(overlay), micro_batch_size)
+        found.append((torch.tensor(loss), overlay.input_grad, overlay.output_grad))
+    for other in found[1:]:
+        for ours, whole in zip(other, found[0]):
+            assert_close(ours, whole, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "qwen2_tied"])
+def test_a_step_starts_without_the_gradients_of_the_step_before(family):
+    _, overlay, _ = make_pair(family)
+    found = []
+    for _ in range(2):
+        run_accumulate(overlay, make_batch(overlay))
+        train.Optimizer(overlay).gradients()  # adds the input side to shared rows
+        found.append(torch.cat([overlay.input_grad, overlay.output_grad]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "gemma2", "phi3"])
+def test_recomputing_layers_gives_the_same_bits(family):
+    found = []
+    for num_layers in (0, 1, 2):
+        model, overlay, _ = make_pair(family)
+        calls = []
+        for layer in model.model.layers:
+            for part in (layer, layer.self_attn):
+                part.register_forward_hook(lambda module, *_, calls=calls: calls.append(module))
+        train.recompute_layers(model, num_layers)
+        run_accumulate(overlay, make_batch(overlay))
+        assert len(calls) == 4 + num_layers  # the parts run twice
+        found.append(torch.cat([overlay.input_grad, overlay.output_grad]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    train.recompute_layers(model, 0)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_every_new_row_is_trained():
+    _, overlay, _ = make_pair("qwen2_untied")
+    batch, optimizer = make_batch(overlay), train.Optimizer(overlay)
+    before = overlay.input_rows.clone(), overlay.output_rows.clone()
+    run_accumulate(overlay, batch)
+    assert overlay.touched.tolist() == list(range(NUM_NEW))
+    optimizer.update(optimizer.gradients(), 1, 0.01, 1.0)
+    for old, new in zip(before, (overlay.input_rows, overlay.output_rows)):
+        assert ((new - old).abs().amax(dim=1) > 1e-4).all()
+
+
+def test_only_the_input_rows_in_use_get_a_gradient():
+    _, overlay, _ = make_pair("qwen2_untied")
+    x = torch.tensor([[1, 259, 270, 259, 2]])
+    overlay.begin_step(x)
+    overlay.add_input_gradient(x, torch.arange(5.0)[None, :, None].expand(1, 5, 32))
+    assert overlay.touched.tolist() == [2, 13]
+    assert torch.equal(overlay.input_grad, torch.tensor([[1.0 + 3.0], [2.0]]).expand(2, 32))
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows at the start
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_subtoken_mean_is_the_mean_of_the_spelling_rows(dtype, monkeypatch):
+    monkeypatch.setattr(overlay_module, "ROW_BLOCK", 3)
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spellings = [[4], [1, 2], [7, 7, 9], [0, 49, 3, 5, 6], [49], [8, 9], [2, 1]]
+    rows = subtoken_mean(table, spellings)
+    truth = torch.stack([table[ids].double().mean(dim=0) for ids in spellings])
+    assert rows.dtype == torch.float32
+    assert_close(rows, truth, 1e-6)
+    assert torch.equal(rows[0], table[4].float()) and torch.equal(rows[4], table[49].float())
+
+
+def test_spherical_rows_have_the_radius_of_the_first_runs(monkeypatch):
+    monkeypatch.setattr(overlay_module, "ROW_BLOCK", 7)
+    table = 3.0 + 0.5 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    rows = spherical_rows(table, 5, radius=1.5, seed=11)
+    expected = 1.5 * table.std() * 8**0.5
+    torch.testing.assert_close(rows.norm(dim=1), expected.expand(5), rtol=1e-6, atol=0)
+    direction = torch.randn(5, 8, generator=torch.Generator().manual_seed(11))
+    cosine = torch.cosine_similarity(rows, direction, dim=1)
+    torch.testing.assert_close(cosine, torch.ones(5), rtol=1e-6, atol=0)
+    assert torch.equal(rows, spherical_rows(table, 5, radius=1.5, seed=11))
+    assert not torch.equal(rows, spherical_rows(table, 5, radius=1.5, seed=12))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the overlay cannot serve
+# ------------------------------------------------------------------------------------------------
+
+
+def test_more_tokens_than_rows_in_the_table_are_refused():
+    model = make_model("qwen2_untied")
+    with pytest.raises(OverlayError) as caught:
+        WakeOverlay(model, TABLE_ROWS + 1, random_rows(model, 2, 0))
+    assert str(caught.value) == (
+        "Qwen2ForCausalLM has tables of 264 rows, but its tokenizer has 265 tokens; the overlay"
+        " serves models whose tables hold every token of their own tokenizer"
+    )
+
+
+class DoublingLinear(nn.Linear):
+    """A head that is a Linear and computes something else."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+class ShiftedEmbedding(nn.Embedding):
+    """An embedding whose vectors are not its rows."""
+
+    def forward(self, input_ids):
+        return 1 + super().forward(input_ids)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_a_layer_that_computes_something_of_its_own_is_refused(part):
+    model = make_model("qwen2_untied")
+    layer, kind = {
+        "embed_tokens": (model.model.embed_tokens, ShiftedEmbedding),
+        "lm_head": (model.lm_head, DoublingLinear),
+    }[part]
+    layer.__class__ = kind
+    with pytest.raises(OverlayError, match=f"^Qwen2ForCausalLM has a {kind.__name__} "):
+        WakeOverlay(model, FIRST_NEW_ID, random_rows(model, 2, 0)).install()
+    assert model.config.vocab_size == TABLE_ROWS
+
+
+def test_a_refused_model_is_given_back_untouched():
+    model = make_model("qwen2_untied")
+    overlay = WakeOverlay(model, FIRST_NEW_ID, random_rows(model, NUM_NEW, 1))
+    overlay.softcap = 1.0  # as if the model capped its logits in a way of its own
+    with pytest.raises(OverlayError, match="^Qwen2ForCausalLM computes logits from its hidden"):
+        overlay.install()
+    assert model.config.vocab_size == TABLE_ROWS
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+
+
+def test_an_embedding_with_max_norm_is_refused():
+    model = make_model("qwen2_untied")
+    model.model.embed_tokens.max_norm = 1.0
+    with pytest.raises(OverlayError) as caught:
+        check_head(model)
+    assert str(caught.value) == (
+        "Qwen2ForCausalLM has a Embedding as input embedding; the overlay serves causal language"
+        " models with one embedding and one linear head"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Quantized heads
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+def test_a_4_bit_head_is_read_as_bitsandbytes_reads_it(double_quantization):
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    head = bnb.nn.Linear4bit(
+        64, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32,
+        compress_statistics=double_quantization,
+    )  # fmt: skip
+    head.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=double_quantization
+    )
+    head = head.to("cpu")
+    assert head.weight.dtype == torch.uint8  # it really is quantized
+    ours = dense_weight(head)
+    truth = bnb.functional.dequantize_4bit(head.weight.data, head.weight.quant_state)
+    assert ours.shape == (96, 64) and torch.equal(ours, truth)
+    assert 0.01 < (ours - weight).abs().mean() < 0.2
+    # what the layer itself computes, by its own kernel
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(hidden @ ours.T, head(hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_an_8_bit_head_is_refused():
+    bnb = pytest.importorskip("bitsandbytes")
+    head = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+    head.weight.data = head.weight.data.to(torch.int8)
+    with pytest.raises(OverlayError) as caught:
+        dense_weight(head)
+    assert str(caught.value) == (
+        "Linear8bitLt holds torch.int8 weights; the overlay reads float or NF4 tables: load the"
+        " model with quantization nf4 or none"
+    )

@@ -1,0 +1,379 @@
+"""A run survives full disks, bad folders and stops, and goes on exactly as if nothing had happened.
+
+    python -m pytest tests/test_survival.py        (TIME_SURVIVAL)
+
+Real trainings, in this process, of a model of 14,000 parameters. What is proved of SIGKILL, of the
+command line and of a lost RUN_DIR stands in test_train_cli.py, of single sentries and folders in
+test_recover.py, and of all at once, hundreds of times, in torture.py.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_models import save_model, write_words
+
+import recover
+import train
+from extend_tokenizer import ConfigError, load_config
+from recover import SentryError
+from safetensors.torch import load_file
+
+NOT_COMPARED = ("step_seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # where cores are shared, threads that wait for each other cost more
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "model_name": str(save_model("qwen2_untied", folder / "model")), **write_words(folder),
+        "quantization": "none", "device": "cpu", "seq_len": 16, "effective_batch_size": 4,
+        "max_steps": 8, "learning_rate": 0.01, "log_every": 1, "eval_every": 4, "save_every": 2,
+        "snapshot_every": 2, "val_fraction": 0.1, "prompts": ["the glimock saw"],
+    }  # fmt: skip
+
+
+def run(settings: dict, run_dir: Path, *, fresh=False, step=None, **changes) -> dict:
+    path = run_dir.with_suffix(".yaml")
+    values = settings | {"run_dir": str(run_dir)} | changes
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return train.train(path, fresh=fresh, step=step)
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in folder.glob("step_??????/state.json"))
+
+
+def last_save(run_dir: Path, folder: str = "snapshots", step: int = 8) -> dict:
+    """All of a save that must not depend on what happened on the way: rows, statistics, records,
+    random state, best loss."""
+    path = run_dir / folder / f"step_{step:06d}"
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    for name in ("files", "versions", "config"):
+        del state[name]
+    records = [json.loads(line) for line in (path / "metrics.jsonl").open(encoding="utf-8")]
+    records = [{k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records]
+    tensors = {n: t.numpy().tobytes() for n, t in load_file(path / "rows.safetensors").items()}
+    samples = (path / "samples.md").read_text(encoding="utf-8")
+    return {"state": state, "records": records, "samples": samples, **tensors}
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tmp_path_factory) -> dict:
+    """What a run of eight steps without any disturbance leaves."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run(settings, run_dir)
+    return last_save(run_dir)
+
+
+class Killed(BaseException):
+    """Not an error that anything may catch."""
+
+
+def die_at(monkeypatch, wanted: int) -> None:
+    """Training ends without warning after the step, as a kill would end it."""
+    real = train.Progress.step
+
+    def step(self, number: int, *arguments) -> None:
+        if number == wanted:
+            monkeypatch.setattr(train.Progress, "step", real)
+            raise Killed
+        real(self, number, *arguments)
+
+    monkeypatch.setattr(train.Progress, "step", step)
+
+
+# ------------------------------------------------------------------------------------------------
+# Continuing is exact
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("output_rows", ["separate", "shared", "frozen"])
+def test_n_steps_kill_n_steps_equal_2n(settings, tmp_path, monkeypatch, quantization, output_rows):
+    """Bit for bit: rows, statistics, learning rate and losses, samples, random state, best loss."""
+    kind = {"quantization": quantization, "output_rows": output_rows}
+    run(settings, tmp_path / "straight", **kind)
+    die_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        run(settings, tmp_path / "run", **kind)
+    assert steps(tmp_path / "run" / "snapshots") == [2, 4]
+    torch.manual_seed(999)  # the next process's random state is another
+    run(settings, tmp_path / "run", **kind)
+    wanted, got = (last_save(tmp_path / name) for name in ("straight", "run"))
+    num_sets = {"shared": 1, "frozen": 2, "separate": 2}[output_rows]
+    statistics = [name for name in wanted if name.endswith("mean_square")]
+    assert len(statistics) == (4 if output_rows == "separate" else 2)
+    assert sum(name in wanted for name in ("input_rows", "output_rows")) == num_sets
+    assert got == wanted
+    keys = [(record["step"], record["kind"]) for record in got["records"]]
+    assert keys == sorted(set(keys), key=lambda key: (key[0], key[1] == "eval"))
+    assert [key for key in keys if key[1] == "train"] == [(n, "train") for n in range(1, 9)]
+
+
+def test_continuing_from_the_durable_folder_alone(settings, tmp_path, monkeypatch, straight):
+    durable = tmp_path / "drive" / "saves"
+    die_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        run(settings, tmp_path / "run", sentry_dir=str(durable))
+    shutil.rmtree(tmp_path / "run")
+    run(settings, tmp_path / "run", sentry_dir=str(durable))
+    assert last_save(tmp_path / "run") == last_save(tmp_path / "drive", "saves") == straight
+
+
+def test_more_steps_later(settings, tmp_path, straight):
+    """max_steps may grow; what was trained stays as it is."""
+    run(settings, tmp_path / "run")
+    result = run(settings, tmp_path / "run", max_steps=10)
+    assert result["step"] == 10
+    records = last_save(tmp_path / "run", step=10)["records"]
+    assert records[: len(straight["records"])] == straight["records"]
+
+
+def test_a_step_by_name_and_what_was_newer(settings, tmp_path, straight, capsys):
+    run(settings, tmp_path / "run", keep_sentries=9)
+    run(settings, tmp_path / "run", keep_sentries=9, step=4)
+    assert f"continuing from {tmp_path / 'run' / 'snapshots' / 'step_000004'}, step 4" in (
+        capsys.readouterr().out
+    )
+    assert last_save(tmp_path / "run") == straight
+    aside = {path.name for path in (tmp_path / "run" / "snapshots").glob("*.aside-1")}
+    assert aside == {"step_000006.aside-1", "step_000008.aside-1"}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_keep_sentries(settings, tmp_path, keep):
+    run(settings, tmp_path / "run", keep_sentries=keep, sentry_dir=str(tmp_path / "drive"))
+    wanted = [2, 4, 6, 8][-keep:]
+    assert steps(tmp_path / "run" / "snapshots") == wanted
+    assert steps(tmp_path / "drive")[-1] == 8 and len(steps(tmp_path / "drive")) <= keep
+
+
+def test_fresh_keeps_the_old_run_aside_in_both_folders(settings, tmp_path):
+    durable = tmp_path / "drive"
+    for _ in range(3):
+        run(settings, tmp_path / "run", sentry_dir=str(durable), fresh=True, max_steps=2)
+        assert steps(tmp_path / "run" / "snapshots") == steps(durable) == [2]
+    for folder in (tmp_path / "run" / "old-1" / "snapshots", durable / "old-1", durable / "old-2"):
+        assert steps(folder) == [2]
+    assert (tmp_path / "run" / "old-2" / "metrics.jsonl").exists()
+
+
+# A changed value for every key. Those of the first group would make another training.
+REFUSED = {
+    "quantization": "nf4", "token_matching": "plain", "init": "spherical", "init_radius": 2.0,
+    "output_rows": "shared", "seq_len": 8, "effective_batch_size": 2, "learning_rate": 0.02,
+    "warmup_ratio": 0.2, "row_coupling": 0.5, "max_grad_norm": 2.0, "seed": 7, "val_fraction": 0.2,
+    "model_name": "other", "model_revision": "main",
+}  # fmt: skip
+ALLOWED = {
+    "compute_dtype": "bfloat16", "device": "auto", "micro_batch_size": 2, "max_steps": 9,
+    "gradient_checkpointing": "true", "compile": "false", "log_every": 3, "eval_every": 3,
+    "save_every": 3, "snapshot_every": 3, "keep_sentries": 5, "run_dir": "x", "sentry_dir": "y",
+    "max_gpu_gib": 5.0, "prompts": ["a"], "tensorboard": True, "trust_remote_code": True,
+    "lexicon": "l", "corpus": "c", "lexicon_min_count": 7, "lexicon_min_base_tokens": 7,
+}  # fmt: skip
+
+
+def test_each_key_of_a_changed_config(settings, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings | {"run_dir": "r"}), encoding="utf-8")
+    config = load_config(path)
+    old = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert {*REFUSED, *ALLOWED} == set(old), "a key is in neither group"
+    for name, value in REFUSED.items():
+        with pytest.raises(ConfigError) as caught:
+            train.compare_configs(old, dataclasses.replace(config, **{name: value}))
+        assert caught.value.problems == (
+            f"{name}: the run was started with {old[name]!r}, now it is {value!r}",
+            "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
+        )
+    for name, value in ALLOWED.items():
+        value = tuple(value) if isinstance(value, list) else value
+        train.compare_configs(old, dataclasses.replace(config, **{name: value}))
+
+
+# ------------------------------------------------------------------------------------------------
+# Disks
+# ------------------------------------------------------------------------------------------------
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["in the save", "in a small file"])
+def test_a_full_local_disk(settings, tmp_path, monkeypatch, straight, where):
+    """One clear error; the sentry before stays whole; after making room the run goes on exactly."""
+    with monkeypatch.context() as patch:
+        real, place = train.Records.add, (recover, "write_tensors")
+
+        def fill_up(self, record: dict) -> None:
+            real(self, record)
+            if record["step"] == 3:
+                patch.setattr(*place, no_space)
+
+        if where == "in a small file":
+            place = train, "write_text"
+        patch.setattr(train.Records, "add", fill_up)
+        with pytest.raises(SentryError) as caught:
+            run(settings, tmp_path / "run", max_steps=8)
+    assert len(caught.value.problems) == 1
+    line = str(caught.value)
+    folder = tmp_path / "run" / ("snapshots" if where == "in the save" else "")
+    assert line.startswith(f"{folder}: ") and "[Errno 28] No space left on device" in line
+    assert line.endswith("make room, then run the same command again")
+    assert steps(tmp_path / "run" / "snapshots")[0] == 2
+    run(settings, tmp_path / "run")
+    assert last_save(tmp_path / "run") == straight
+
+
+def test_errors_that_are_not_the_disks_keep_their_traceback(settings, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(train, "loss_table", broken)
+    with pytest.raises(FileNotFoundError):
+        run(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("trouble", ["gone", "read-only", "hangs", "full"])
+def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, straight, trouble):
+    """Training goes on to the same end with one warning, of the steps at risk; the last line says
+    what to copy by hand. When the folder is back, the next run's saves are there."""
+    durable, gate = tmp_path / "drive" / "saves", threading.Event()
+    with monkeypatch.context() as patch:
+        if trouble == "gone":
+            durable.parent.write_text("not a folder")
+        elif trouble == "hangs":
+            real = recover.copy_bytes
+            blocked = lambda *arguments: (gate.wait(30), real(*arguments))  # noqa: E731
+            patch.setattr(recover, "copy_bytes", blocked)
+            patch.setattr(recover, "PATIENCE_SECONDS", 0.0)
+            patch.setattr(recover.SentryWriter.finish, "__defaults__", (0.1,))
+        elif trouble == "read-only":  # root, who runs this in a container, may write everywhere
+            real_mkdir = Path.mkdir
+
+            def mkdir(path: Path, *arguments, **keywords):
+                if durable in (path, *path.parents):
+                    raise OSError(errno.EROFS, "Read-only file system")
+                real_mkdir(path, *arguments, **keywords)
+
+            patch.setattr(Path, "mkdir", mkdir)
+        else:
+            patch.setattr(recover, "copy_bytes", no_space)
+        result = run(settings, tmp_path / "run", sentry_dir=str(durable))
+    gate.set()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
+    warnings = [line for line in warnings if str(durable) in line]
+    assert result["step"] == 8 and last_save(tmp_path / "run") == straight
+    assert len(warnings) == 2, warnings
+    assert "all steps up to " in warnings[0] and "are on the local disk only" in warnings[0]
+    assert warnings[1] == (
+        f"warning: {durable} holds nothing; step 8 is in {tmp_path / 'run' / 'snapshots'} alone:"
+        " copy it by hand before this machine goes away"
+    )
+    if trouble == "gone":
+        durable.parent.unlink()
+    run(settings, tmp_path / "run", sentry_dir=str(durable), max_steps=10)
+    assert steps(durable)[-1] == 10
+    recover.check_sentry(durable / "step_000010", {})
+
+
+def test_copying_resumes_within_the_run(settings, tmp_path, monkeypatch, capsys, straight):
+    durable, real = tmp_path / "drive", train.Progress.step
+    durable.write_text("not a folder")
+
+    def step(self, number: int, *arguments) -> None:
+        if number == 5:
+            durable.unlink()
+        real(self, number, *arguments)
+
+    monkeypatch.setattr(train.Progress, "step", step)
+    run(settings, tmp_path / "run", sentry_dir=str(durable))
+    said = capsys.readouterr().out
+    assert said.count("warning: ") - said.count("warning: above") == 1
+    assert f"{durable} answers again; step " in said
+    assert steps(durable)[-1] == 8 and last_save(tmp_path, "drive") == straight
+
+
+# ------------------------------------------------------------------------------------------------
+# Stops
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_not_finite_stops_before_the_update(settings, tmp_path, monkeypatch, straight, what):
+    """The line names the step and its sequences; rows stay those of the step before."""
+    real, seen = train.accumulate, []
+
+    def accumulate(batch, overlay, *arguments):
+        loss_sum = real(batch, overlay, *arguments)
+        seen.append(overlay.input_rows.clone())
+        if len(seen) == 6:
+            seen.append(overlay)
+            if what == "loss":
+                return loss_sum * torch.nan
+            overlay.input_grad[0, 0] = torch.inf
+        return loss_sum
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", accumulate)
+        with pytest.raises(SentryError) as caught:
+            run(settings, tmp_path / "run")
+    config = load_config((tmp_path / "run").with_suffix(".yaml"))
+    words = train.plan_new_words(config)
+    num_sequences = len(train.load_data(config, words).train) - 1
+    numbers = train.step_sequence_numbers(6, 4, num_sequences // 16, config.seed).tolist()
+    assert f" on sequences {numbers}; stopped before the update" in str(caught.value)
+    assert str(caught.value).startswith("step 6: loss ")
+    assert torch.equal(seen[-1].input_rows, seen[5])
+    assert steps(tmp_path / "run" / "snapshots") == [2, 4]
+    run(settings, tmp_path / "run")
+    assert last_save(tmp_path / "run") == straight
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "update"])
+def test_a_stop_signal_at_any_moment_leaves_a_sentry(
+    settings, tmp_path, monkeypatch, straight, moment
+):
+    """After the step's gradients are there, too late for the step to end the run, the next one does."""
+    owner = {"evaluate": train.Run, "update": train.Optimizer}[moment]
+    real, calls = getattr(owner, moment), []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, signalled)
+        result = run(settings, tmp_path / "run", save_every=100, snapshot_every=100)
+    assert result["stopped"] == "SIGTERM" and result["step"] in (3, 5)
+    assert steps(tmp_path / "run" / "snapshots") == [result["step"]]
+    assert run(settings, tmp_path / "run")["step"] == 8
+    assert last_save(tmp_path / "run") == straight
+
+
+def test_a_stop_signal_ends_no_other_program(settings, tmp_path):
+    """Afterwards the signals do what they did before."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run(settings, tmp_path / "run", max_steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

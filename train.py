@@ -1,0 +1,1657 @@
+"""Train the rows of a lexicon's words in a frozen language model; the same command continues a run.
+
+    python train.py configs/sample.yaml                     the sample: CPU, offline, two minutes
+    python train.py configs/qwen14b.yaml                    Qwen2.5-14B in NF4 on a 15 GB card
+    python train.py configs/qwen14b.yaml --dry-run          memory plan, without loading weights
+    python train.py configs/sample.yaml max_steps=20 --fresh
+    torchrun --nproc-per-node 2 train.py CONFIG             the same steps on two cards
+
+A step: effective_batch_size sequences in micro-batches through the frozen body; the loss over base and
+new vocabulary gives gradients to the new rows alone; clip; Adafactor. Every position of every
+sequence has one target and counts once, so the loss is nats per predicted token whatever the
+micro-batch. RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png, samples.md,
+snapshots/ (whole saves on the local disk) and sentries/ (verified copies; or sentry_dir).
+"""
+
+import base64
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import yaml
+
+# Pasted into a notebook below the other four, their names are there already.
+if "check_environment" not in globals():
+    from env_shim import apply, check_environment, installed_version, keep_cpu_weights_plain
+if "Config" not in globals():
+    from extend_tokenizer import (
+        Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, extend,
+        format_report, load_config, new_words_hash, plan_new_words, read_corpus, read_lexicon,
+        run_command,
+    )  # fmt: skip
+if "SentryWriter" not in globals():
+    from recover import (
+        Sentry, SentryError, SentryWriter, pick_sentry, read_tensors, set_aside, write_tensors,
+    )  # fmt: skip
+
+EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
+GIB = 2**30
+SAMPLE_TOKENS = 48  # tokens that continue each prompt
+FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps without one
+# A run may continue although these differ: they change how it runs, not what it computes. The
+# content of lexicon and corpus is compared by hash.
+HARMLESS_KEYS = {
+    "compute_dtype", "device", "micro_batch_size", "max_steps", "gradient_checkpointing", "compile", "log_every",
+    "eval_every", "save_every", "snapshot_every", "keep_sentries", "run_dir", "sentry_dir",
+    "max_gpu_gib", "prompts", "tensorboard", "trust_remote_code", "lexicon", "corpus",
+    "lexicon_min_count", "lexicon_min_base_tokens",
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------
+# Before torch: command line, memory plan
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str]):
+    parser = command_line_parser(EXAMPLE)
+    parser.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; the old run is kept aside"
+    )
+    parser.add_argument(
+        "--step", type=int, help="continue from the sentry of this step and no other"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def memory_plan(
+    shape: dict, num_new: int, config: Config, micro_batch_size: int
+) -> dict[str, float]:
+    """GiB that training takes on a card, by part; 'total' is the peak the allocator will report.
+
+    shape: the model's config.json. Activations are those of a decoder layer with gated MLP; the bytes
+    of one live layer were fitted to a measurement (README, "Speed and memory").
+    """
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
+    head_dim = shape.get("head_dim") or hidden // heads
+    kv_dim = head_dim * shape.get("num_key_value_heads", heads)
+    linear = layers * (2 * hidden * head_dim * heads + 2 * hidden * kv_dim + 3 * hidden * inner)
+    # NF4: 4 bits, one byte of scale for 64 weights, and 4 bytes for 256 of those scales.
+    body = linear * (0.5 + 1 / 64 + 4 / 64 / 256 if config.quantization == "nf4" else 2)
+    tokens = micro_batch_size * config.seq_len
+    separate = config.output_rows in ("separate", "frozen") or (
+        config.output_rows == "auto" and not shape.get("tie_word_embeddings")
+    )
+    row_set, base_columns = 4 * num_new * hidden, shape["vocab_size"]
+    step_tokens = config.effective_batch_size * config.seq_len
+    loss = (
+        min(tokens, 2048) * num_new * 4 + min(tokens, 256) * base_columns * 6 + tokens * hidden * 10
+    )
+    layer = tokens * 2 * (4.5 * inner + 1.2 * hidden + 4 * kv_dim) + 4 * hidden * inner
+    kept = layers if config.gradient_checkpointing == "false" else 0
+    plan = {
+        "body": body,
+        "base head rows": 2 * base_columns * hidden,
+        "new rows": row_set * (2 if separate else 1),
+        "gradients": row_set * (config.output_rows != "frozen")
+        + 4 * min(step_tokens, num_new) * hidden,
+        "activations": layers * tokens * hidden * 2 + kept * layer,
+        "loss chunk or one layer": max(loss, layer),
+    }
+    plan = {name: size / GIB for name, size in plan.items()}
+    plan["total"] = sum(plan.values())
+    return plan
+
+
+def dry_run(config: Config) -> None:
+    """Print the memory plan line by line, the micro-batch it would try, and which cards it fits."""
+    words = plan_new_words(config)
+    shape, num_new = json.loads(words.files["config.json"]), len(words.words)
+    cap = config.max_gpu_gib or 14.0
+    divisors = [
+        n for n in range(1, config.effective_batch_size + 1) if config.effective_batch_size % n == 0
+    ]
+    sizes = divisors if config.micro_batch_size == "auto" else [config.micro_batch_size]
+    plans = {size: memory_plan(shape, num_new, config, size) for size in sizes}
+    micro = max((size for size in sizes if plans[size]["total"] <= cap), default=min(sizes))
+    for name, gib in plans[micro].items():
+        print(f"{name:26} {gib:8.2f} GiB")
+    print(f"{'margin':26} {cap - plans[micro]['total']:8.2f} GiB under {cap:g}")
+    print(
+        f"micro_batch_size {micro} x {config.effective_batch_size // micro}, seq_len {config.seq_len}"
+    )
+    sentry = 2 if plans[micro]["new rows"] * GIB > 4 * num_new * shape["hidden_size"] * 1.5 else 1
+    print(f"bytes per sentry {sentry * 4 * num_new * (shape['hidden_size'] + 1):,}")
+    for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
+        fits = [size for size in sizes if plans[size]["total"] <= usable]
+        print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
+
+
+def before_torch(arguments) -> None:
+    """What can be known without torch: a wrong config, a missing file or package, the memory plan."""
+    config = load_config(arguments.config, *arguments.overrides)
+    if arguments.dry_run:
+        return dry_run(config)
+    if problems := check_environment(config.device, config.quantization):
+        raise ConfigError(*problems)
+    base_files(config)  # a missing or empty file is said in the first second; read again later
+    read_corpus(config)
+    if config.lexicon != "from_corpus":
+        read_lexicon(config.lexicon)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    ARGUMENTS = parse_arguments(sys.argv[1:])
+    apply()
+    STATUS = run_command(before_torch, ARGUMENTS)
+    if STATUS or ARGUMENTS.dry_run:
+        raise SystemExit(STATUS)
+
+# ------------------------------------------------------------------------------------------------
+# With torch: it takes two seconds to import
+# ------------------------------------------------------------------------------------------------
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if "WakeOverlay" not in globals():
+    from overlay import WakeOverlay, dense_weight, spherical_rows, subtoken_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process runs: torchrun's rank and world size, its device and compute dtype."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    why: str
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def find_place(config: Config) -> Place:
+    """Choose device and dtype, and join the other processes where torchrun started us.
+
+    A GPU below compute capability 8.0 (a T4) computes in float16: torch.cuda.is_bf16_supported() says
+    True there too, but counts emulation, which is slower than float32.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.effective_batch_size % world:
+        divisors = [
+            n
+            for n in range(1, config.effective_batch_size + 1)
+            if config.effective_batch_size % n == 0
+        ]
+        raise ConfigError(
+            f"{world} processes do not divide effective_batch_size {config.effective_batch_size};"
+            f" start one of {', '.join(map(str, divisors))}"
+        )
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not use_cuda:
+        raise ConfigError("device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu")
+    device, dtype, why = torch.device("cpu"), torch.float32, "a CPU"
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        capability = torch.cuda.get_device_capability(device)
+        dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+        why = f"compute capability {capability[0]}.{capability[1]}"
+        if config.max_gpu_gib:
+            share = config.max_gpu_gib * GIB / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    if config.compute_dtype != "auto":
+        dtype, why = getattr(torch, config.compute_dtype), "compute_dtype in the config"
+    if world > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=10)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+    return Place(rank, world, device, dtype, why)
+
+
+def add_up(place: Place, *tensors: Tensor) -> None:
+    """Sum each tensor over all processes, in place."""
+    if place.world > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Token streams, and the held-out text they stand for.
+
+    train, val: (tokens,) int64; val_ends: (val tokens,) character position where each token ends.
+    Sequence i is x = stream[i T : i T + T] with targets y = stream[i T + 1 : i T + T + 1].
+    """
+
+    train: Tensor
+    val: Tensor
+    val_ends: Tensor
+    val_text: str
+    bos_id: int | None
+    sha256: str
+
+    def num_sequences(self, stream: Tensor, seq_len: int) -> int:
+        return (len(stream) - 1) // seq_len
+
+
+def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, str]:
+    """Cut off the end of each of `parts` equal pieces as held-out text, at line ends where there are any.
+
+    Spread over the book, the held-out text is of all its chapters; cut before anything is shuffled,
+    it shares no sequence with the training text, and it depends on text and fraction alone.
+    """
+    cuts = [0]
+    for part in range(1, parts + 1):
+        for place in (part - val_fraction, part):
+            wanted = round(len(text) * place / parts)
+            line_end = text.find("\n", wanted, wanted + len(text) // (20 * parts) + 1)
+            cuts.append(len(text) if place == parts else line_end + 1 if line_end >= 0 else wanted)
+    pieces = [text[start:end] for start, end in zip(cuts, cuts[1:])]
+    return "".join(pieces[0::2]), "".join(pieces[1::2])
+
+
+def load_data(config: Config, words: NewWords) -> Data:
+    """Tokenize the corpus, or read what an earlier start left in RUN_DIR/cache under the same hash.
+
+    Raises: ConfigError where train or held-out text is shorter than one sequence.
+    """
+    halves = [split_text(text, config.val_fraction) for text in read_corpus(config)]
+    train_text, val_text = ("".join(half) for half in zip(*halves))
+    key = [
+        train_text,
+        val_text,
+        new_words_hash(words.words, words.first_new_id),
+        words.tokenizer.to_str(),
+    ]
+    digest = hashlib.sha256("\0".join(key).encode("utf-8")).hexdigest()
+    cache = Path(config.run_dir) / "cache" / f"tokens_{digest[:16]}.safetensors"
+    if cache.exists():
+        arrays = read_tensors(cache)
+    else:
+        train = words.tokenizer.encode(train_text, add_special_tokens=False)
+        val = words.tokenizer.encode(val_text, add_special_tokens=False)
+        arrays = {"train": train.ids, "val": val.ids, "val_ends": [end for _, end in val.offsets]}
+        arrays = {name: torch.tensor(ids).numpy() for name, ids in arrays.items()}
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_suffix(f".part{os.getpid()}")
+        write_tensors(part, arrays)
+        part.rename(cache)
+    streams = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    for name, change in (("train", "give more text"), ("val", "raise val_fraction")):
+        if len(streams[name]) <= config.seq_len:
+            raise ConfigError(
+                f"corpus: the {name} text has {len(streams[name])} tokens, fewer than a sequence of"
+                f" {config.seq_len} and its last target; {change} or lower seq_len"
+            )
+    text_hash = hashlib.sha256((train_text + "\0" + val_text).encode("utf-8")).hexdigest()
+    return Data(**streams, val_text=val_text, bos_id=words.bos_id, sha256=text_hash)
+
+
+def sequences(
+    stream: Tensor, numbers: Tensor, seq_len: int, bos_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """(x, y), each (len(numbers), seq_len): every token of the stream but its first is a target once.
+
+    Where the base tokenizer puts a BOS before a text, it takes the place of each sequence's first input.
+    """
+    places = numbers[:, None] * seq_len + torch.arange(seq_len)
+    x, y = stream[places], stream[places + 1]
+    if bos_id is not None:
+        x[:, 0] = bos_id
+    return x, y
+
+
+def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: int) -> Tensor:
+    """The sequences of a step (1, 2, ...): a function of the step alone, so continuing needs no state.
+
+    Epoch e goes through the sequences in the order that seed and e give.
+    """
+    numbers = []
+    for position in range((step - 1) * batch_size, step * batch_size):
+        epoch, place = divmod(position, num_sequences)
+        if not numbers or place == 0:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(num_sequences, generator=generator)
+        numbers.append(order[place])
+    return torch.stack(numbers)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def load_model(config: Config, place: Place):
+    """The base model, frozen, its linear layers in NF4 (lm_head stays in compute dtype).
+
+    Memory: Qwen2.5-14B: see README, "Speed and memory"; weights go shard by shard to the device.
+    Raises: ConfigError with the library's reason in one line.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = {
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": place.dtype,  # defaults differ between transformers 4 and 5
+        "device_map": {"": str(place.device)},
+    }
+    if config.quantization == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=place.dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"model_name: {config.model_name}: {' '.join(str(error).split())}"
+        ) from error
+    model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
+    keep_cpu_weights_plain(model)
+    return model.eval()
+
+
+def first_rows(config: Config, model, words: NewWords) -> tuple[Tensor, Tensor | None, bool]:
+    """(input rows, output rows or None where shared, whether the output side trains) at step 0."""
+    tables = [
+        dense_weight(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    tied = tables[0].data_ptr() == tables[1].data_ptr()
+    mode = config.output_rows
+    if mode == "auto":
+        mode = "shared" if tied else "separate"
+    rows = []
+    for table in tables[:1] if mode == "shared" else tables:
+        table = table[: words.first_new_id]
+        if config.init == "subtoken_mean":
+            rows.append(subtoken_mean(table, words.spellings))
+        else:
+            rows.append(spherical_rows(table, len(words.words), config.init_radius, config.seed))
+    return rows[0], rows[1] if len(rows) == 2 else None, mode != "frozen"
+
+
+def recompute_layers(model, num_layers: int) -> None:
+    """Have the first num_layers decoder layers recompute their activations in backward.
+
+    The last ones keep theirs: backward frees them first. Our own wrapper on each layer, because the
+    library's switch is for all layers, is reentrant by default in transformers 4 and not in 5, and
+    asks for train mode.
+    """
+    for number, layer in enumerate(model.base_model.layers):
+        layer.__dict__.pop("forward", None)  # back to the class's own
+        if number < num_layers:
+            layer.forward = recomputing(layer.forward)
+
+
+def recomputing(forward):
+    def call(*arguments, **keywords):
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        return checkpoint(
+            forward, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **keywords
+        )  # fmt: skip
+
+    return call
+
+
+def fuse_elementwise(model) -> None:
+    """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training passes.
+
+    These are memory-bound: fused they save 95 of the 407 ms that the kernels of a 14B step take on an
+    H100. Pieces and not whole layers: a compiled layer recomputes its down projection too, which
+    nothing needs (331 ms against 312). Each piece is compared with the original before it is used.
+    Raises: RuntimeError or ImportError where there is no Triton or compiler, or other numbers.
+    """
+    layer, hidden_size = model.base_model.layers[0], model.config.get_text_config().hidden_size
+    modules = list(model.modules())
+    norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    gated = [module for module in modules if all(hasattr(module, name) for name in names)]
+    probe = torch.randn(2, 64, hidden_size, device=model.device, dtype=model.dtype)
+    for kind in {type(module) for module in norms}:
+        same = [module for module in norms if type(module) is kind]
+        fused = when_training(kind.forward, same[0], probe[..., : same[0].weight.shape[0]])
+        for module in same:
+            module.forward = types.MethodType(fused, module)
+    if gated:
+        activation = gated[0].act_fn
+        fused = when_training(lambda a, b: activation(a) * b, probe, probe.flip(0))
+        for module in gated:
+            module.forward = functools.partial(gated_mlp, module, fused)
+    modeling = sys.modules[type(layer).__module__]
+    rotary = getattr(modeling, "apply_rotary_pos_emb", None)
+    if rotary is not None and not hasattr(rotary, "eager"):
+        modeling.apply_rotary_pos_emb = when_training(
+            rotary
+        )  # attention finds it by this global name
+
+
+def when_training(original, *probe):
+    """`original` compiled where gradients are on; as it is in evaluation and generation, whose shapes vary."""
+    compiled = torch.compile(original, dynamic=False)
+    if probe:
+        wanted, got = original(*probe).float(), compiled(*probe).float()
+        if not torch.allclose(got, wanted, rtol=2e-2, atol=2e-3):
+            raise RuntimeError(
+                f"a compiled piece differs by {(got - wanted).abs().max().item():.2g}"
+            )
+
+    def call(*arguments, **keywords):
+        function = compiled if torch.is_grad_enabled() else original
+        return function(*arguments, **keywords)
+
+    call.eager = original
+    return call
+
+
+def gated_mlp(module, gate, hidden_states: Tensor) -> Tensor:
+    """down(activation(gate(h)) * up(h)), as every model with these four attributes computes it."""
+    return module.down_proj(gate(module.gate_proj(hidden_states), module.up_proj(hidden_states)))
+
+
+# ------------------------------------------------------------------------------------------------
+# A step
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LossScale:
+    """float16 alone: backward runs on gradients times `value`, a power of two."""
+
+    value: float = 1.0
+    good_steps: int = 0
+
+    def overflowed(self) -> None:
+        self.value, self.good_steps = self.value / 2, 0
+
+    def step_done(self) -> None:
+        self.good_steps += 1
+        if 1.0 < self.value < FLOAT16_LOSS_SCALE and self.good_steps % 200 == 0:
+            self.value *= 2
+
+
+def learning_rate_at(step: int, config: Config) -> float:
+    """Linear warm-up to the peak at warmup_ratio x max_steps, then cosine to 0 at max_steps."""
+    warmup_steps = round(config.warmup_ratio * config.max_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    share = (step - warmup_steps) / max(config.max_steps - warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def forward_backward(
+    overlay: WakeOverlay,
+    x: Tensor,
+    y: Tensor,
+    base_embeds: Tensor,
+    scale: float,
+    loss_scale: LossScale,
+    after_loss=None,
+) -> Tensor:
+    """One micro-batch: add the gradients of scale * (sum of losses) to the overlay's.
+
+    Shapes: x, y (B, T) int64 on the card; base_embeds (B, T, H) -> losses (B, T) fp32.
+    A float16 overflow halves the loss scale and repeats the pass, so no step is skipped.
+    """
+    with torch.no_grad():
+        inputs_embeds = overlay.embed(x, base_embeds).requires_grad_()
+    grad = None
+    while True:
+        hidden_states = overlay.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        if grad is None:
+            losses, grad = overlay.loss(hidden_states.detach(), y, scale)
+            if after_loss:
+                after_loss()
+        scaled = grad.to(hidden_states.dtype)
+        if hidden_states.dtype == torch.float16:
+            scaled = (grad * loss_scale.value).to(torch.float16)
+        else:
+            grad = losses  # its 40 MiB go before backward needs them
+        (input_grad,) = torch.autograd.grad(hidden_states, inputs_embeds, scaled)
+        finite = input_grad.dtype != torch.float16 or input_grad.isfinite().all().item()
+        if finite or loss_scale.value <= 1.0:
+            break
+        loss_scale.overflowed()
+    overlay.add_input_gradient(x, input_grad.float() / loss_scale.value)
+    return losses
+
+
+class GraphedPass:
+    """forward_backward of one micro-batch shape as two CUDA graphs, up to the loss and after it.
+
+    A 14B step is 9,000 kernel launches; on an H100 they take Python longer than the card takes to run
+    them. Replaying them costs nothing. Memory: what a pass takes stays reserved between steps.
+    """
+
+    def __init__(self, overlay: WakeOverlay, shape: tuple[int, int], scale: float):
+        device, hidden_size = overlay.base_rows.device, overlay.base_rows.shape[1]
+        self.overlay, self.scale = overlay, scale
+        self.inputs_embeds = torch.zeros(*shape, hidden_size, device=device, dtype=overlay.dtype)
+        self.inputs_embeds.requires_grad_()
+        self.labels = torch.zeros(shape, device=device, dtype=torch.int64)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate their workspaces outside the capture
+            for _ in range(2):
+                self.forward()
+                self.backward()
+            del self.hidden_states, self.grad, self.losses, self.input_grad
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
+        self.to_loss, self.to_inputs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.to_loss):
+            self.forward()
+        with torch.cuda.graph(self.to_inputs, pool=self.to_loss.pool()):
+            self.backward()
+
+    def forward(self) -> None:
+        body = self.overlay.body(inputs_embeds=self.inputs_embeds, use_cache=False)
+        self.hidden_states = body.last_hidden_state
+        self.losses, self.grad = self.overlay.loss(
+            self.hidden_states.detach(), self.labels, self.scale
+        )
+
+    def backward(self) -> None:
+        upstream = self.grad.to(self.hidden_states.dtype)
+        (self.input_grad,) = torch.autograd.grad(self.hidden_states, self.inputs_embeds, upstream)
+
+    def __call__(self, x: Tensor, y: Tensor, base_embeds: Tensor, after_loss=None) -> Tensor:
+        with torch.no_grad():
+            self.inputs_embeds.copy_(self.overlay.embed(x, base_embeds))
+        self.labels.copy_(y)
+        self.to_loss.replay()
+        if after_loss:
+            after_loss()
+        self.to_inputs.replay()
+        self.overlay.add_input_gradient(x, self.input_grad)
+        return self.losses
+
+
+def adafactor_update(
+    rows: Tensor,
+    grad: Tensor,
+    mean_squares: dict[str, Tensor],
+    step: int,
+    learning_rate: float,
+    grad_scale: float = 1.0,
+    touched: Tensor | None = None,
+    untouched_grad: Tensor | None = None,
+) -> None:
+    """One Adafactor step on `rows`, in blocks, equal to transformers' Adafactor(lr, eps=(1e-30, 1e-3),
+    clip_threshold=1.0, decay_rate=-0.8, scale_parameter=False, relative_step=False) on grad x grad_scale.
+
+    Shapes: rows (N, H) fp32; grad (N, H) fp32, or (U, H) for the rows `touched` (U,), all others having
+            untouched_grad (H,), or zero; mean_squares: 'row' (N,) and 'column' (H,), updated in place
+    Memory: one temporary of 4,096 rows (80 MiB at H = 5,120); the library's are 2 x N x H.
+    Source: Shazeer and Stern, "Adafactor", 2018
+    """
+    num_rows, hidden_size = rows.shape
+    decay = 1.0 - step**-0.8
+    blocks = [slice(s, min(s + 4096, len(grad))) for s in range(0, len(grad), 4096)]
+    row_squares = torch.linalg.vector_norm(grad, dim=1).mul_(grad_scale).square_() / hidden_size
+    column_squares = torch.linalg.vector_norm(grad, dim=0).mul_(grad_scale).square_() / num_rows
+    row, column = mean_squares["row"], mean_squares["column"]
+    if touched is not None:
+        other = torch.zeros_like(column) if untouched_grad is None else untouched_grad * grad_scale
+        column_squares += other.square() * ((num_rows - len(grad)) / num_rows)
+        row_squares = other.square().mean().expand(num_rows).clone().index_copy_(0, touched, row_squares)
+    row.mul_(decay).add_(row_squares + 1e-30, alpha=1 - decay)
+    column.mul_(decay).add_(column_squares + 1e-30, alpha=1 - decay)
+    all_factors, column_factor = (row / row.mean()).rsqrt(), column.rsqrt()
+    row_factor = all_factors if touched is None else all_factors[touched]
+    column_factor = column_factor * grad_scale
+    total = torch.zeros((), device=grad.device)
+    for block in blocks:
+        norms = torch.linalg.vector_norm(grad[block] * column_factor, dim=1)
+        total += norms.mul_(row_factor[block]).square_().sum()
+    if untouched_grad is not None:
+        others = all_factors.index_fill(0, touched, 0.0)
+        total += others.square().sum() * (untouched_grad * column_factor).square().sum()
+    clip = (total / (num_rows * hidden_size)).sqrt().clamp(min=1.0)
+    rate = learning_rate / clip
+    if untouched_grad is not None:  # the same direction for every row, so an outer product
+        rows.addr_(others, untouched_grad * column_factor * -rate)
+    row_factor = (row_factor * rate)[:, None]
+    for block in blocks:
+        update = grad[block] * column_factor
+        if touched is None:
+            rows[block].addcmul_(update, row_factor[block], value=-1)
+        else:
+            rows[touched[block]] -= update * row_factor[block]
+
+
+class Optimizer:
+    """Adafactor's statistics for the row sets that train, and the clipped update of all of them."""
+
+    def __init__(self, overlay: WakeOverlay):
+        self.overlay = overlay
+        names = ["input_rows"] if overlay.output_rows is None or not overlay.train_output else ["input_rows", "output_rows"]  # fmt: skip
+        self.mean_squares = {
+            name: {
+                "row": torch.zeros(len(overlay.input_rows), device=overlay.input_rows.device),
+                "column": torch.zeros(
+                    overlay.input_rows.shape[1], device=overlay.input_rows.device
+                ),
+            }
+            for name in names
+        }
+
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """(row set, gradient, touched rows) with input gradients in the shared rows where they are shared."""
+        overlay = self.overlay
+        if overlay.output_rows is None and overlay.train_output:
+            # touched holds each row once, so this addition is deterministic
+            overlay.output_grad.index_add_(0, overlay.touched, overlay.input_grad)
+            overlay.input_grad.zero_()
+            return [("input_rows", overlay.output_grad, None)]
+        found = [("input_rows", overlay.input_grad, overlay.touched)]
+        if "output_rows" in self.mean_squares:
+            found.append(("output_rows", overlay.output_grad, None))
+        return found
+
+    @torch.no_grad()
+    def update(
+        self, gradients, step: int, learning_rate: float, grad_scale: float, coupling: float = 0.0
+    ) -> None:
+        """Move every row set; uses the gradients up.
+
+        With coupling, each row's gradient gets coupling / sqrt(N) times the sum of all N rows' added.
+        What all new words have in common (how often any of them comes, what such a word does to the
+        next) is then learnt from every occurrence, and reaches words that training never sees.
+        """
+        for name, grad, touched in gradients:
+            rows = getattr(self.overlay, name).data
+            common = grad.sum(dim=0) * (coupling / math.sqrt(len(rows))) if coupling else None
+            if common is not None:
+                grad += common
+            others = common if touched is not None else None
+            state = self.mean_squares[name]
+            adafactor_update(rows, grad, state, step, learning_rate, grad_scale, touched, others)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a sentry holds, by name; the tensors themselves, not copies."""
+        found = {"input_rows": self.overlay.input_rows.data}
+        if self.overlay.output_rows is not None:
+            found["output_rows"] = self.overlay.output_rows.data
+        for name, mean_squares in self.mean_squares.items():
+            found[f"{name}.row_mean_square"] = mean_squares["row"]
+            found[f"{name}.column_mean_square"] = mean_squares["column"]
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    overlay: WakeOverlay, data: Data, config: Config, place: Place, micro_batch_size: int
+) -> dict[str, float]:
+    """Loss on every held-out sequence, split over the processes.
+
+    -> val_loss (nats per predicted token), val_bits_per_byte (of the text those tokens stand for, so
+    comparable across vocabularies), and val_loss_new_words / val_loss_ordinary by kind of target.
+    """
+    num_sequences = data.num_sequences(data.val, config.seq_len)
+    sums = torch.zeros(
+        4, dtype=torch.float64
+    )  # nats and count on new-word targets, on ordinary ones
+    for start in range(
+        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
+    ):
+        numbers = torch.arange(start, min(start + micro_batch_size, num_sequences))
+        x, y = sequences(data.val, numbers, config.seq_len, data.bos_id)
+        hidden = overlay.body(inputs_embeds=overlay.embed(x), use_cache=False).last_hidden_state
+        losses = overlay.loss(hidden, y)[0].double().cpu()
+        is_new = y >= overlay.first_new_id
+        sums += torch.stack(
+            [losses[is_new].sum(), is_new.sum(), losses[~is_new].sum(), (~is_new).sum()]
+        )
+    sums = sums.to(place.device)
+    add_up(place, sums)
+    new_nats, new_count, nats, count = sums.tolist()
+    text = data.val_text[data.val_ends[0] : data.val_ends[num_sequences * config.seq_len]]
+    return {
+        "val_loss": (new_nats + nats) / (new_count + count),
+        "val_bits_per_byte": (new_nats + nats) / math.log(2) / len(text.encode("utf-8")),
+        "val_loss_new_words": new_nats / max(new_count, 1),
+        "val_loss_ordinary": nats / max(count, 1),
+    }
+
+
+@torch.no_grad()
+def evaluate_base(
+    overlay: WakeOverlay, data: Data, config: Config, place: Place, micro_batch_size: int
+) -> float:
+    """Bits per byte of the unextended base model under its own tokenizer, on the same held-out text.
+
+    Each sequence is the text of one of ours, so both models see the same characters of context.
+    """
+    tokenizer = base_tokenizer(config)
+    ends, seq_len = data.val_ends.tolist(), config.seq_len
+    num_sequences = data.num_sequences(data.val, seq_len)
+    total = torch.zeros(1, dtype=torch.float64)
+    for start in range(
+        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
+    ):
+        pairs = []
+        for number in range(start, min(start + micro_batch_size, num_sequences)):
+            first, middle = number * seq_len, ends[number * seq_len]
+            context = (
+                data.val_text[ends[first - 1] if first else 0 : middle]
+                if data.bos_id is None
+                else ""
+            )
+            encoding = tokenizer.encode(
+                context + data.val_text[middle : ends[first + seq_len]], add_special_tokens=False
+            )
+            targets = [
+                i if end > len(context) else -100
+                for i, (_, end) in zip(encoding.ids, encoding.offsets)
+            ]
+            ids = encoding.ids if data.bos_id is None else [data.bos_id, *encoding.ids]
+            pairs.append((ids[:-1], targets[1:] if data.bos_id is None else targets))
+        width = max(len(ids) for ids, _ in pairs)
+        x = torch.tensor(
+            [ids + [0] * (width - len(ids)) for ids, _ in pairs]
+        )  # causal: the end cannot matter
+        y = torch.tensor([targets + [-100] * (width - len(targets)) for _, targets in pairs])
+        hidden = overlay.body(
+            inputs_embeds=overlay.base_embed(x), use_cache=False
+        ).last_hidden_state
+        total += overlay.loss(hidden, y, base_only=True)[0].double().sum().cpu()
+    total = total.to(place.device)
+    add_up(place, total)
+    text = data.val_text[ends[0] : ends[num_sequences * seq_len]]
+    return total.item() / math.log(2) / len(text.encode("utf-8"))
+
+
+def sample(model, config: Config, words: NewWords) -> list[str]:
+    """Continue each prompt with a fixed seed; new words are marked **so**. The caller's random state stays."""
+    texts, device = [], model.device
+    for prompt in config.prompts:
+        ids = words.tokenizer.encode(prompt).ids
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            out = model.generate(
+                torch.tensor([ids], device=device), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_p=0.95,
+                top_k=0, pad_token_id=0, attention_mask=torch.ones(1, len(ids), device=device, dtype=torch.long),
+            )[0].tolist()  # fmt: skip
+        text = ""
+        for end in range(
+            1, len(out) + 1
+        ):  # decoding ever longer prefixes keeps every decoder's blanks
+            longer = words.tokenizer.decode(out[:end])
+            if out[end - 1] >= words.first_new_id:
+                piece = longer[
+                    len(os.path.commonprefix([longer, words.tokenizer.decode(out[: end - 1])])) :
+                ]
+                text += piece.replace(piece.strip(), f"**{piece.strip()}**", 1)
+            else:
+                text += longer[len(words.tokenizer.decode(out[: end - 1])) :]
+        texts.append(text)
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once, so that a kill leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def loss_table(records: list[dict]) -> str:
+    """The run's loss table in Markdown, one line an evaluation, ready to paste."""
+    lines, best, train_loss = (
+        ["| Step | Train | Val | Notes |", "|---|---|---|---|"],
+        math.inf,
+        None,
+    )
+    for record in records:
+        if record["kind"] == "train":
+            train_loss = record["loss"]
+            continue
+        notes = [f"{record['val_bits_per_byte']:.3f} bits/byte"]
+        if record["step"] == 0:
+            notes.append(
+                f"base model {record['base_bits_per_byte']:.3f}, uniform loss {record['uniform_loss']:.2f}"
+            )
+        if record["val_loss"] < best:
+            best = record["val_loss"]
+            notes.append("best")
+        notes += record["warnings"]
+        shown = "-" if train_loss is None else f"{train_loss:.4f}"
+        lines.append(
+            f"| {record['step']} | {shown} | {record['val_loss']:.4f} | {'; '.join(notes)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_losses(records: list[dict], path: Path) -> None:
+    """loss.png: train and val in nats per token beside the uniform line; bits per byte beside the base's."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state in a notebook
+
+    trained = [record for record in records if record["kind"] == "train"]
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=110)
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        [r["step"] for r in trained],
+        [r["loss"] for r in trained],
+        label="train",
+        color="tab:blue",
+        lw=1,
+    )
+    left.plot(
+        [r["step"] for r in evaluated],
+        [r["val_loss"] for r in evaluated],
+        label="held-out",
+        color="tab:orange",
+        marker=".",
+    )
+    left.axhline(
+        evaluated[0]["uniform_loss"], color="tab:red", ls=":", label="uniform guess, ln(vocabulary)"
+    )
+    left.set(xlabel="step", ylabel="loss, nats per predicted token", title="Loss")
+    right.plot(
+        [r["step"] for r in evaluated],
+        [r["val_bits_per_byte"] for r in evaluated],
+        label="held-out",
+        color="tab:orange",
+        marker=".",
+    )
+    right.axhline(
+        evaluated[0]["base_bits_per_byte"],
+        color="tab:green",
+        ls="--",
+        label="unextended base model",
+    )
+    right.set(
+        xlabel="step", ylabel="bits per byte of held-out text", title="Against the base model"
+    )
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png")
+    part.replace(path)
+
+
+@dataclasses.dataclass
+class Records:
+    """metrics.jsonl and everything made of it. A continued run starts from the sentry's own copy."""
+
+    folder: Path
+    config: Config
+    lines: list[str] = dataclasses.field(default_factory=list)
+    samples: str = ""
+    board: object = None
+
+    def __post_init__(self):
+        write_text(self.folder / "metrics.jsonl", "".join(self.lines))
+        write_text(self.folder / "samples.md", self.samples)
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard")
+
+    def parsed(self) -> list[dict]:
+        return [json.loads(line) for line in self.lines]
+
+    def add(self, record: dict) -> None:
+        self.lines.append(json.dumps(record) + "\n")
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(self.lines[-1])
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if record["kind"] == "eval":
+            write_text(self.folder / "loss_table.md", loss_table(self.parsed()))
+            plot_losses(self.parsed(), self.folder / "loss.png")
+
+    def add_samples(self, step: int, prompts: tuple[str, ...], texts: list[str]) -> None:
+        self.samples += f"## Step {step}\n\n" + "".join(
+            f"> {' '.join(text.split())}\n\n" for text in texts
+        )
+        write_text(self.folder / "samples.md", self.samples)
+
+
+class Progress:
+    """One line redrawn every two seconds at most on a terminal; plain lines at log_every elsewhere."""
+
+    def __init__(self, place: Place, config: Config, first_step: int):
+        self.place, self.config, self.first_step = place, config, first_step
+        self.terminal = sys.stdout.isatty()
+        self.drawn_at, self.width, self.seconds = 0.0, 0, []
+
+    def step(self, step: int, line: str, seconds: float) -> None:
+        if step - self.first_step > 10 or self.config.max_steps - self.first_step <= 20:
+            self.seconds.append(seconds)  # the first ten warm up
+        left = "" if not self.seconds else self.time_left(step)
+        logged = step % self.config.log_every == 0 or step == self.config.max_steps
+        if self.terminal and time.monotonic() - self.drawn_at > 2:
+            self.drawn_at = time.monotonic()
+            text = f"{line}  {left}"
+            print("\r" + text.ljust(self.width), end="", flush=True)
+            self.width = len(text)
+        elif not self.terminal and logged:
+            self.place.say(f"{line}  {left}")
+
+    def time_left(self, step: int) -> str:
+        mean = sum(self.seconds[-50:]) / len(self.seconds[-50:])
+        return f"{datetime.timedelta(seconds=round(mean * (self.config.max_steps - step)))} left"
+
+    def say(self, text: str) -> None:
+        if self.terminal and self.width:
+            print("\r" + " " * self.width + "\r", end="")
+            self.width = 0
+        self.place.say(text)
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving and continuing
+# ------------------------------------------------------------------------------------------------
+
+
+def lock_run(run_dir: Path):
+    """Hold RUN_DIR for this process; the lock goes with the process, however it dies.
+
+    Raises: ConfigError where another training holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"run_dir: another training is using {run_dir}; wait for it, or give another run_dir"
+        ) from None
+    return lock
+
+
+def start_over(config: Config) -> None:
+    """--fresh: put the old run's files and sentries into old-1/, old-2/ ... beside where they stood."""
+    for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
+        if not folder.is_dir():
+            continue
+        names = [
+            path
+            for path in folder.iterdir()
+            if path.name != ".lock" and not path.name.startswith("old-")
+        ]
+        if folder != Path(config.run_dir):
+            names = [path for path in names if path.name.lstrip(".").startswith("step_")]
+        if names:
+            number = 1 + sum(path.name.startswith("old-") for path in folder.iterdir())
+            (folder / f"old-{number}").mkdir()
+            for path in names:
+                path.rename(folder / f"old-{number}" / path.name)
+
+
+def compare_configs(old: dict, config: Config) -> None:
+    """Raise a ConfigError naming every key whose change would make another training of this run."""
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        name for name in new if name not in HARMLESS_KEYS and name in old and old[name] != new[name]
+    ]
+    if changed:
+        raise ConfigError(
+            *(
+                f"{name}: the run was started with {old[name]!r}, now it is {new[name]!r}"
+                for name in changed
+            ),
+            "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
+        )
+
+
+def run_identity(config: Config, words: NewWords, data: Data) -> dict:
+    """What a sentry must agree with to be this run's."""
+    return {
+        "model_name": config.model_name,
+        "model_revision": config.model_revision,
+        "words_sha256": new_words_hash(words.words, words.first_new_id),
+        "corpus_sha256": data.sha256,
+    }
+
+
+def random_state() -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {
+        name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
+    }
+
+
+def restore_random_state(states: dict[str, str]) -> None:
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+
+
+class HostCopies:
+    """Host buffers that a save is written from, pinned and reused: 1.7 GiB in 0.1 s on an H100's bus."""
+
+    def __init__(self):
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: dict[str, Tensor]) -> dict:
+        for name, tensor in tensors.items():
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda
+                )
+            self.buffers[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self.buffers[name].numpy() for name in tensors}
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """This process's share of a step: x, y (B, T) and base_embeds (B, T, H) on the device; all_ids on the CPU."""
+
+    x: Tensor
+    y: Tensor
+    base_embeds: Tensor
+    all_ids: Tensor
+    numbers: Tensor
+
+
+@dataclasses.dataclass
+class Fit:
+    """How a step runs here: micro-batch, layers that recompute, the pass as CUDA graphs, and in words."""
+
+    micro_batch_size: int
+    recomputed: int
+    graph: GraphedPass | None = None
+    note: str = ""
+    peak_bytes: int = 0  # of capturing; the allocator does not see what a replay uses
+
+
+def prepare_step(
+    step: int, overlay: WakeOverlay, data: Data, config: Config, place: Place
+) -> StepBatch:
+    """Look the step's sequences up and start their way to the card, which does not wait for them."""
+    size = config.effective_batch_size
+    num_sequences = data.num_sequences(data.train, config.seq_len)
+    numbers = step_sequence_numbers(step, size, num_sequences, config.seed)
+    x, y = sequences(data.train, numbers, config.seq_len, data.bos_id)
+    share = slice(place.rank * size // place.world, (place.rank + 1) * size // place.world)
+    parts = [x[share], y[share]]
+    if place.device.type == "cuda":
+        parts = [part.pin_memory().to(place.device, non_blocking=True) for part in parts]
+    return StepBatch(*parts, overlay.base_embed(x[share]), x, numbers)
+
+
+def accumulate(
+    batch: StepBatch,
+    overlay: WakeOverlay,
+    config: Config,
+    place: Place,
+    fit: Fit,
+    loss_scale: LossScale,
+) -> Tensor:
+    """All micro-batches of this process's share: gradients in the overlay -> sum of losses, 0-dim fp32.
+
+    With several processes only the new rows' gradients cross, summed once a step: the output rows'
+    in buckets under the last micro-batch's backward, the input rows' as the rows touched.
+    """
+    overlay.begin_step(batch.all_ids)
+    scale, handles, total = 1.0 / batch.all_ids.numel(), [], torch.zeros((), device=place.device)
+
+    def sum_output_rows() -> None:
+        if place.world > 1 and overlay.output_grad is not None:
+            for bucket in overlay.output_grad.split(4096):
+                handles.append(dist.all_reduce(bucket, async_op=True))
+
+    for start in range(0, len(batch.x), fit.micro_batch_size):
+        part = slice(start, start + fit.micro_batch_size)
+        inputs = batch.x[part], batch.y[part], batch.base_embeds[part]
+        after_loss = sum_output_rows if part.stop >= len(batch.x) else None
+        if fit.graph is not None:
+            total += fit.graph(*inputs, after_loss).sum()
+        else:
+            total += forward_backward(overlay, *inputs, scale, loss_scale, after_loss).sum()
+    for handle in handles:
+        handle.wait()
+    add_up(place, overlay.input_grad)
+    return total
+
+
+def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Place, model) -> Fit:
+    """Find the largest micro-batch that fits by trying real passes, then let as many of the last layers
+    keep their activations as the memory left over holds, by the cost of four of them measured.
+
+    On a GPU elementwise work is fused; from compute capability 8.0 the pass is also captured in CUDA
+    graphs. A T4 takes 20 x longer for a step's kernels than Python takes to launch them.
+    """
+    share = config.effective_batch_size // place.world
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    if config.micro_batch_size != "auto":
+        sizes = [math.gcd(config.micro_batch_size, share)]
+    num_layers = len(model.base_model.layers)
+    fit = Fit(sizes[0], 0 if config.gradient_checkpointing == "false" else num_layers)
+    if place.device.type == "cpu":
+        fit.recomputed = num_layers if config.gradient_checkpointing == "true" else 0
+        recompute_layers(model, fit.recomputed)
+        return fit
+    use_graph = False
+    if config.compile != "false":
+        try:
+            fuse_elementwise(model)
+            use_graph = (
+                place.dtype == torch.bfloat16
+            )  # float16 decides after each pass whether to repeat it
+            fit.note = ", fused"
+        except (RuntimeError, ImportError) as error:
+            fit.note = f", not fused: {str(error).strip().splitlines()[0]}"
+    batch = prepare_step(1, overlay, data, config, place)
+
+    def peak_bytes(size: int, num_recomputed: int) -> int | None:
+        recompute_layers(model, num_recomputed)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        overlay.begin_step(batch.all_ids)
+        part = batch.x[:size], batch.y[:size], batch.base_embeds[:size]
+        try:
+            forward_backward(overlay, *part, 0.0, LossScale())
+        except torch.OutOfMemoryError:
+            return None
+        return torch.cuda.max_memory_allocated()
+
+    for size in sizes:
+        if (peak := peak_bytes(size, fit.recomputed)) is not None:
+            fit.micro_batch_size = size
+            break
+    else:
+        raise ConfigError(
+            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens; lower seq_len"
+        )
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    limit = min(config.max_gpu_gib * GIB, free) if config.max_gpu_gib else free
+    # Graphs keep their pass's memory to themselves; the loss of an evaluation needs its own beside it.
+    if use_graph and peak + 1.2 * GIB > limit:
+        use_graph, fit.note = False, fit.note + ", not as CUDA graphs: they would need 1.2 GiB more"
+    limit -= (1.2 if use_graph else 0.5) * GIB
+    if config.gradient_checkpointing == "auto":
+        more = peak_bytes(fit.micro_batch_size, num_layers - 4)
+        layer = max((more - peak) / 4, 0.02 * GIB) if more else limit
+        kept = max(min(int((limit - peak) / layer), num_layers), 0)
+        while (
+            kept > 0 and (peak_bytes(fit.micro_batch_size, num_layers - kept) or limit + 1) > limit
+        ):
+            kept -= max(kept // 8, 1)
+        fit.recomputed = num_layers - kept
+    recompute_layers(model, fit.recomputed)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    if use_graph:
+        try:
+            shape = (fit.micro_batch_size, config.seq_len)
+            fit.graph = GraphedPass(overlay, shape, 1.0 / batch.all_ids.numel())
+            fit.note += ", as CUDA graphs"
+            fit.peak_bytes = torch.cuda.max_memory_allocated()
+        except RuntimeError as error:  # out of memory, or an operation that no graph can hold
+            fit.note += f", not as CUDA graphs: {str(error).strip().splitlines()[0]}"
+            torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return fit
+
+
+@contextlib.contextmanager
+def plain_errors(config: Config, place: Place):
+    """One line for a local disk that is full or gone read-only, and for another process that died."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise SentryError(
+            f"{config.run_dir}: {error}; the sentries there are intact: make room, then run the"
+            " same command again"
+        ) from error
+    except RuntimeError as error:
+        if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise SentryError(
+            f"process {place.rank}: another process of this run died ({str(error).splitlines()[0]});"
+            " start the same command again"
+        ) from error
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks for a sentry and an orderly end after the step; a second one ends at once."""
+
+    def __init__(self):
+        self.name = ""
+        self.old = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.old[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        self.name = signal.Signals(number).name
+        for other, handler in self.old.items():
+            signal.signal(other, handler)
+
+
+@dataclasses.dataclass
+class Run:
+    """All parts of a run in progress."""
+
+    config: Config
+    place: Place
+    words: NewWords
+    data: Data
+    model: object
+    overlay: WakeOverlay
+    optimizer: Optimizer
+    records: Records | None
+    writer: SentryWriter | None
+    loss_scale: LossScale
+    step: int
+    best_val_loss: float
+    base_bits_per_byte: float | None
+    fit: Fit
+    host_copies: HostCopies = dataclasses.field(default_factory=HostCopies)
+
+    def save(self, durable: bool) -> None:
+        """Begin a whole save of this step in the background; waits only for the copy to host memory."""
+        if self.writer is None:
+            return
+        self.writer.finish_local()  # the buffers belong to the save before until it is written
+        state = {
+            "step": self.step,
+            **run_identity(self.config, self.words, self.data),
+            "first_new_id": self.words.first_new_id,
+            "num_new_tokens": len(self.words.words),
+            "sequences_seen": self.step * self.config.effective_batch_size,
+            "random_state": random_state(),
+            "loss_scale": dataclasses.asdict(self.loss_scale),
+            "best_val_loss": self.best_val_loss,
+            "base_bits_per_byte": self.base_bits_per_byte,
+            "config": dataclasses.asdict(self.config),
+            "versions": versions(),
+        }
+        texts = {
+            "metrics.jsonl": "".join(self.records.lines),
+            "samples.md": self.records.samples,
+            "words.txt": "\n".join(self.words.words) + "\n",
+        }
+        self.writer.save(self.host_copies.take(self.optimizer.tensors()), texts, state, durable)
+
+    def evaluate(self) -> None:
+        """Evaluate, record, and continue the prompts."""
+        record = {"step": self.step, "kind": "eval"}
+        if self.base_bits_per_byte is None:
+            self.base_bits_per_byte = evaluate_base(
+                self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
+            )
+        record |= evaluate(
+            self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
+        )
+        record["uniform_loss"] = math.log(self.overlay.vocab_size)
+        record["base_bits_per_byte"] = self.base_bits_per_byte
+        record["warnings"] = []
+        if record["val_loss"] > record["uniform_loss"]:
+            record["warnings"].append(
+                f"above the uniform loss {record['uniform_loss']:.2f}: worse than a blind guess"
+            )
+        if record["val_bits_per_byte"] > self.base_bits_per_byte:
+            record["warnings"].append(
+                f"above the unextended base model's {self.base_bits_per_byte:.3f} bits/byte"
+            )
+        self.best_val_loss = min(self.best_val_loss, record["val_loss"])
+        if self.records:
+            self.records.add(record)
+            if self.config.prompts:
+                self.records.add_samples(
+                    self.step, self.config.prompts, sample(self.model, self.config, self.words)
+                )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "accelerate", "bitsandbytes")
+    return {"python": sys.version.split()[0]} | {name: installed_version(name) for name in names}
+
+
+def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
+    """Everything before the first step: words, data, model, and rows from a sentry or from the start."""
+    run_dir = Path(config.run_dir)
+    durable = Path(config.sentry_dir or run_dir / "sentries")
+    words, data, sentry = prepare(config, place, fresh, step, [run_dir / "snapshots", durable])
+    if place.rank == 0:
+        write_text(
+            run_dir / "config.yaml",
+            yaml.safe_dump(
+                json.loads(json.dumps(dataclasses.asdict(config))),
+                sort_keys=False,
+                allow_unicode=True,
+            ),
+        )
+    place.say(format_report(words.report))
+    model = load_model(config, place)
+    state = sentry.state if sentry else {}
+    input_rows, output_rows, train_output = first_rows(config, model, words)
+    overlay = WakeOverlay(
+        model,
+        words.first_new_id,
+        input_rows,
+        output_rows,
+        train_output,
+        offload_input_table=place.device.type == "cuda",
+    )
+    overlay.install()
+    optimizer = Optimizer(overlay)
+    records = writer = None
+    if place.rank == 0:
+        texts = {
+            name: (sentry.path / name).read_text(encoding="utf-8") if sentry else ""
+            for name in ("metrics.jsonl", "samples.md")
+        }
+        records = Records(
+            run_dir, config, texts["metrics.jsonl"].splitlines(keepends=True), texts["samples.md"]
+        )
+        writer = SentryWriter(run_dir / "snapshots", durable, config.keep_sentries, place.say)
+        if sentry and sentry.path.parent == writer.local:  # its copy may be what was cut off
+            writer.hand_over(sentry.path, sentry.step)
+    if sentry:
+        if place.rank == 0:
+            load_rows(optimizer, sentry)
+        restore_random_state(state["random_state"])
+    if place.world > 1:  # the other nodes may not have the sentry's folder
+        for tensor in optimizer.tensors().values():
+            dist.broadcast(tensor, 0)
+    scale = (
+        LossScale(**state["loss_scale"])
+        if sentry
+        else LossScale(FLOAT16_LOSS_SCALE if place.dtype == torch.float16 else 1.0)
+    )
+    fit = fit_to_machine(overlay, data, config, place, model)
+    return Run(
+        config, place, words, data, model, overlay, optimizer, records, writer, scale, state.get("step", 0),
+        state.get("best_val_loss", math.inf), state.get("base_bits_per_byte"), fit,
+    )  # fmt: skip
+
+
+def prepare(
+    config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path]
+) -> tuple[NewWords, Data, Sentry | None]:
+    """Words, data, and the sentry to continue from: rank 0 chooses it, and its error ends every process."""
+    if place.rank == 0:
+        try:
+            if fresh:
+                start_over(config)
+            words = extend(config)
+            data = load_data(config, words)
+            identity = run_identity(config, words, data)
+            sentry = find_sentry(config, folders, identity, place, step)
+        except ValueError:
+            if place.world > 1:
+                tell(place, None)
+            raise
+        if place.world > 1:
+            message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
+            tell(place, message)
+        return words, data, sentry
+    if (message := tell(place, None)) is None:
+        raise ConfigError(f"process {place.rank} ends: process 0 could not start and says why")
+    # A lexicon made from the corpus and the token cache are there now.
+    words = plan_new_words(config)
+    data = load_data(config, words)
+    settings, identity, chosen = message
+    compare_configs(settings, config)
+    if identity != run_identity(config, words, data):
+        raise ConfigError(
+            f"process {place.rank} has another model, lexicon or corpus than process 0; every node"
+            " needs the same files"
+        )
+    return words, data, Sentry(folders[0], *chosen) if chosen else None
+
+
+def tell(place: Place, message: object) -> object:
+    """Rank 0's message on every process, as JSON."""
+    text = bytearray(json.dumps(message).encode("utf-8"))
+    size = torch.tensor(len(text), device=place.device)
+    dist.broadcast(size, 0)
+    data = torch.zeros(size.item(), dtype=torch.uint8, device=place.device)
+    if place.rank == 0:
+        data.copy_(torch.frombuffer(text, dtype=torch.uint8))
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.tolist()))
+
+
+def find_sentry(
+    config: Config, folders: list[Path], identity: dict, place: Place, step: int | None
+) -> Sentry | None:
+    """The sentry to continue from, said aloud; what is damaged and newer is put out of the way."""
+    sentry, skipped = pick_sentry(folders, identity, step)
+    for reason in skipped:
+        place.say(f"passed over: {reason}")
+    if sentry is None:
+        return None
+    compare_configs(sentry.state["config"], config)
+    place.say(f"continuing from {sentry.path}, step {sentry.step}")
+    if place.rank == 0:
+        set_aside(folders, sentry)
+    return sentry
+
+
+def load_rows(optimizer: Optimizer, sentry: Sentry) -> None:
+    """Put a sentry's rows and statistics in place, each of the shape that this run has."""
+    arrays = read_tensors(sentry.path / "rows.safetensors")
+    for name, tensor in optimizer.tensors().items():
+        if name not in arrays or list(arrays[name].shape) != list(tensor.shape):
+            raise SentryError(
+                f"{sentry.path}: {name} is missing or not of shape {list(tensor.shape)}"
+            )
+        tensor.copy_(torch.from_numpy(arrays[name].copy()))
+
+
+def train_steps(run: Run, stop: StopRequest) -> None:
+    """The loop: micro-batches, check, clip, update, log, evaluate, save."""
+    config, place, overlay = run.config, run.place, run.overlay
+    progress = Progress(place, config, run.step)
+    tokens_per_step = config.effective_batch_size * config.seq_len
+    num_layers = len(run.model.base_model.layers)
+    fit = run.fit
+    progress.say(
+        f"micro_batch_size {fit.micro_batch_size} x"
+        f" {config.effective_batch_size // place.world // fit.micro_batch_size} on {place.world}"
+        f" process(es), {tokens_per_step:,} tokens a step, {fit.recomputed} of {num_layers} layers"
+        f" recomputed{fit.note}"
+    )
+    if run.step == 0 and not (run.records and run.records.lines):
+        run.evaluate()
+        progress.say(eval_line(run))
+    batch = prepare_step(run.step + 1, overlay, run.data, config, place)
+    while run.step < config.max_steps:  # a stop request ends it below, on all processes at once
+        began, step = time.perf_counter(), run.step + 1
+        try:
+            loss_sum = accumulate(batch, overlay, config, place, fit, run.loss_scale)
+        except torch.OutOfMemoryError:
+            if fit.micro_batch_size == 1:
+                raise
+            if place.world > 1:  # repeated here alone, the sums with the others would not match
+                raise ConfigError(
+                    f"step {step}: process {place.rank} is out of GPU memory with micro_batch_size"
+                    f" {fit.micro_batch_size}; set a smaller one"
+                ) from None
+            size, fit.graph, fit.recomputed = fit.micro_batch_size, None, num_layers
+            fit.micro_batch_size = max(n for n in range(1, size) if len(batch.x) % n == 0)
+            recompute_layers(run.model, num_layers)
+            torch.cuda.empty_cache()
+            progress.say(
+                f"step {step}: out of GPU memory; the step is repeated with micro_batch_size"
+                f" {fit.micro_batch_size} and all layers recomputed"
+            )
+            continue
+        gradients = run.optimizer.gradients()
+        squares = sum(torch.linalg.vector_norm(grad).square() for _, grad, _ in gradients)
+        numbers = torch.stack([loss_sum, torch.tensor(float(bool(stop.name)), device=place.device)])
+        add_up(place, numbers)
+        following = prepare_step(step + 1, overlay, run.data, config, place)  # while the card works
+        loss, stopping, norm = torch.cat(
+            [numbers, squares.sqrt()[None]]
+        ).tolist()  # the step's one wait
+        loss /= tokens_per_step
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise SentryError(
+                f"step {step}: loss {loss}, gradient norm {norm} on sequences {batch.numbers.tolist()}; stopped before"
+                " the update, the last sentry is good: lower learning_rate, or use compute_dtype float32 or bfloat16"
+            )
+        learning_rate = learning_rate_at(step, config)
+        grad_scale = min(1.0, config.max_grad_norm / (norm + 1e-6))
+        run.optimizer.update(gradients, step, learning_rate, grad_scale, config.row_coupling)
+        run.loss_scale.step_done()
+        run.step, batch = step, following
+        seconds = time.perf_counter() - began
+        record = {
+            "step": step, "kind": "train", "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
+            "step_seconds": seconds, "tokens_per_second": tokens_per_step / seconds,
+        }  # fmt: skip
+        if place.device.type == "cuda":
+            record["peak_vram_gib"] = max(torch.cuda.max_memory_allocated(), fit.peak_bytes) / GIB
+        last = step == config.max_steps or bool(stopping)
+        if run.records and (step % config.log_every == 0 or last):
+            run.records.add(record)
+        progress.step(step, step_line(record, config), seconds)
+        if step % config.eval_every == 0 or step == config.max_steps:
+            run.evaluate()
+            progress.say(eval_line(run))
+        if step % config.save_every == 0 or step % config.snapshot_every == 0 or last:
+            run.save(durable=step % config.save_every == 0 or last)
+        if run.writer:
+            run.writer.check()
+        if stopping:
+            break
+
+
+def step_line(record: dict, config: Config) -> str:
+    peak = f"  peak {record['peak_vram_gib']:.1f} GiB" if "peak_vram_gib" in record else ""
+    return (
+        f"step {record['step']}/{config.max_steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}"
+        f"  {record['step_seconds']:.2f} s/step  {record['tokens_per_second']:,.0f} tokens/s{peak}"
+    )
+
+
+def eval_line(run: Run) -> str:
+    if not run.records:
+        return ""
+    record = next(r for r in reversed(run.records.parsed()) if r["kind"] == "eval")
+    line = (
+        f"step {record['step']}  held-out loss {record['val_loss']:.4f} (uniform {record['uniform_loss']:.2f};"
+        f" new words {record['val_loss_new_words']:.2f}, others {record['val_loss_ordinary']:.2f})"
+        f"  {record['val_bits_per_byte']:.3f} bits/byte (base model {record['base_bits_per_byte']:.3f})"
+    )
+    return "\n".join([line, *(f"warning: {text}" for text in record["warnings"])])
+
+
+def train(
+    config: Config | str | Path, *overrides: str, fresh: bool = False, step: int | None = None
+) -> dict:
+    """Train, or continue, the run that a YAML path (with key=value overrides) or a Config describes.
+
+    Returns the last evaluation's record with 'stopped' (the signal's name or ''); raises ConfigError,
+    SentryError or OverlayError with one line for each thing that the user can mend.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, *overrides)
+    apply()
+    if problems := check_environment(config.device, config.quantization):
+        raise ConfigError(*problems)
+    gc.collect()  # in a notebook: what a stopped run before this one left
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    place = find_place(config)
+    lock = lock_run(Path(config.run_dir)) if place.rank == 0 else contextlib.nullcontext()
+    with lock, StopRequest() as stop, plain_errors(config, place):
+        run = begin(config, place, fresh, step)
+        place.say(
+            ", ".join(f"{name} {number}" for name, number in versions().items())
+            + f"\n{torch.cuda.get_device_name() if place.device.type == 'cuda' else 'CPU'}, compute dtype"
+            f" {str(place.dtype).removeprefix('torch.')} ({place.why}); trainable {len(run.words.words):,} words x"
+            f" {run.overlay.input_rows.shape[1]:,}, ln(vocabulary of {run.overlay.vocab_size:,}) ="
+            f" {math.log(run.overlay.vocab_size):.2f}"
+        )
+        try:
+            train_steps(run, stop)
+        finally:
+            if run.writer:
+                run.writer.finish()
+        if place.rank == 0:
+            place.say((Path(config.run_dir) / "loss_table.md").read_text(encoding="utf-8"))
+        records = run.records.parsed() if run.records else []
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    return {**(evaluations[-1] if evaluations else {}), "step": run.step, "stopped": stop.name}
+
+
+def main(config_path: str, *overrides: str, fresh: bool = False, step: int | None = None) -> dict:
+    """train(), for the command line: a run that was stopped before its end is an error of status 1."""
+    result = train(config_path, *overrides, fresh=fresh, step=step)
+    if result["stopped"]:
+        raise ConfigError(
+            f"stopped by {result['stopped']} at step {result['step']}, saved; the same command goes on from there"
+        )
+    return result
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(
+        run_command(
+            lambda: main(
+                ARGUMENTS.config, *ARGUMENTS.overrides, fresh=ARGUMENTS.fresh, step=ARGUMENTS.step
+            )
+        )
+    )
