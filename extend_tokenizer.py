@@ -32,8 +32,9 @@ from tokenizers import AddedToken, Tokenizer
 # What people type for our keys because another tool calls it so; anything else goes to difflib.
 ALIASES = {
     "lr": "learning_rate", "model": "model_name", "revision": "model_revision",
-    "dtype": "compute_dtype", "load_in_4bit": "quantization", "words": "lexicon", "vocab": "lexicon",
-    "text": "corpus", "data": "corpus", "dataset": "corpus", "train_file": "corpus",
+    "dtype": "compute_dtype", "load_in_4bit": "quantization",
+    "words": "lexicon", "vocab": "lexicon", "text": "corpus",
+    "data": "corpus", "dataset": "corpus", "train_file": "corpus",
     "block_size": "seq_len", "max_length": "seq_len", "max_seq_len": "seq_len",
     "batch_size": "effective_batch_size", "grad_accum": "effective_batch_size",
     "gradient_accumulation_steps": "effective_batch_size",
@@ -47,7 +48,7 @@ ALIASES = {
 
 
 class ConfigError(ValueError):
-    """What the user can mend, one line for each problem (`problems`); scripts print it and exit 1."""
+    """What the user can mend, a line for each problem (`problems`); scripts print it and exit 1."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -55,7 +56,7 @@ class ConfigError(ValueError):
 
 
 def key(default, meaning: str, **limits):
-    """A field of Config: `meaning` feeds --help and the README; limits: choices, low, above, high."""
+    """A field of Config: meaning feeds --help and the README; limits: choices, low, above, high."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -74,7 +75,8 @@ class Config:
     )
     compute_dtype: str = key(
         "auto",
-        "auto: bfloat16 from compute capability 8.0, float16 with loss scaling below, float32 on a CPU",
+        "auto: bfloat16 from compute capability 8.0, float16 with loss scaling below, float32 on a"
+        " CPU",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     device: str = key("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
@@ -125,7 +127,8 @@ class Config:
     )
     compile: str = key(
         "auto",
-        "auto: on a GPU fuse elementwise work, and replay a step as CUDA graphs from capability 8.0",
+        "auto: on a GPU fuse elementwise work, and replay a step as CUDA graphs from capability"
+        " 8.0",
         choices=("auto", "false"),
     )
     log_every: int = key(10, "steps between lines", low=1)
@@ -152,13 +155,17 @@ class Config:
                 problems += error.problems
         micro, effective = self.micro_batch_size, self.effective_batch_size
         if not problems and micro != "auto" and effective % micro:
-            divisors = [n for n in range(1, effective + 1) if effective % n == 0]
             problems.append(
-                f"'micro_batch_size' is {micro}, which does not divide effective_batch_size {effective};"
-                f" use one of {', '.join(map(str, divisors))}, or auto"
+                f"'micro_batch_size' is {micro}, which does not divide effective_batch_size"
+                f" {effective}; use one of {', '.join(map(str, divisors(effective)))}, or auto"
             )
         if problems:
             raise ConfigError(*problems)
+
+
+def divisors(number: int) -> list[int]:
+    """6 -> [1, 2, 3, 6]"""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def converted(field: dataclasses.Field, value):
@@ -295,6 +302,15 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     return config
 
 
+def write_config(config: Config) -> None:
+    """RUN_DIR/config.yaml: every key as resolved; load_config reads it back to the same Config."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
+    path = Path(config.run_dir, "config.yaml")
+    part = path.with_name("config.yaml.part")
+    part.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(path)
+
+
 def config_table() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every setting: --help and the README's table are made of it."""
     rows = []
@@ -328,7 +344,7 @@ def command_line_parser(example: str) -> argparse.ArgumentParser:
 
 
 def run_command(command, *arguments) -> int:
-    """Call a script's main function: 0; or 1 with one line a problem on stderr, and no traceback."""
+    """Call a script's main function: 0; or 1, one line a problem on stderr and no traceback."""
     import sys
 
     try:
@@ -910,6 +926,8 @@ def tokenizer_settings(files: dict[str, str]) -> dict:
     kept = {key: v["content"] if isinstance(v, dict) else v for key, v in kept.items()}
     # PreTrainedTokenizerFast takes tokenizer.json as it is; no clean-up, or decoding is not exact.
     fixed = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # Without this transformers 4.57 adds token_type_ids, which generate(**inputs) refuses.
+    fixed["model_input_names"] = ["input_ids", "attention_mask"]
     return kept | fixed
 
 
@@ -963,6 +981,7 @@ def main(config_path: str, *overrides: str) -> NewWords:
     """Extend the tokenizer that the config names, and print the report."""
     config = load_config(config_path, *overrides)
     new = extend(config)
+    write_config(config)
     print(f"{config.model_name} -> {Path(config.run_dir, 'tokenizer')}")
     print(format_report(new.report))
     return new

@@ -1,14 +1,14 @@
 """The new rows of a frozen language model: look-up, logits and loss over base + new vocabulary.
 
-    overlay = WakeOverlay(model, first_new_id=len(tokenizer), input_rows=rows, output_rows=rows_or_None)
+    overlay = WakeOverlay(model, len(tokenizer), input_rows, output_rows)  # or None: shared
     overlay.install()      # model(**inputs) and model.generate() now know the new ids
     overlay.uninstall()    # the untouched model again
 
 The base tables are never resized, written or given a gradient. Ids below first_new_id come from
 them, ids from first_new_id on from the overlay, so padding rows of the base table never matter.
 Training does not go through autograd's dense gradients: `embed` gives the body its inputs,
-`chunked_cross_entropy` gives loss and gradients chunk by chunk, `add_input_gradient` adds to the rows
-that were used.
+`chunked_cross_entropy` gives loss and gradients chunk by chunk, `add_input_gradient` adds to the
+rows that were used.
 """
 
 import math
@@ -16,11 +16,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-# 256 positions x 152,064 fp32 logits are 149 MiB, three elementwise passes; larger chunks gained nothing.
+# 256 positions x 152,064 fp32 logits: 149 MiB, three elementwise passes. More gained nothing.
 LOSS_CHUNK_POSITIONS = 256
 # All new-row logits of so many positions are held at once: 2,048 x 44,223 fp32 = 345 MiB.
 LOSS_GROUP_POSITIONS = 2048
-# New rows are cast to the compute dtype this many at a time (4,096 x 5,120 bf16 = 40 MiB), never whole.
+# New rows are cast to the compute dtype this many at a time, never all: 4,096 x 5,120 bf16, 40 MiB.
 ROW_BLOCK = 4096
 # float16 keeps 6e-8 at the least; a softmax over 195,888 tokens has entries of 5e-6. Scaled by this
 # exact power of two they keep their precision, and the largest, 1, stays far below 65,504.
@@ -91,7 +91,7 @@ def spherical_rows(table: Tensor, num_rows: int, radius: float, seed: int) -> Te
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32. Half-precision GPU operands are summed and returned in fp32 by the tensor cores."""
+    """a @ b in fp32; of half-precision GPU operands the tensor cores sum and return fp32."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -104,7 +104,8 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 def softmax_minus_target(base: Tensor, new: Tensor, labels: Tensor, first_new_id: int) -> Tensor:
     """Turn logits into d(loss)/d(logits) in place; rows with a negative label become zero.
 
-    Shapes: base (T, base columns), new (T, new columns), fp32; labels (T,) int64 -> losses (T,) fp32
+    Shapes: base (T, base columns), new (T, new columns) fp32; labels (T,) int64
+            -> losses (T,) fp32
     """
     position = torch.arange(len(labels), device=labels.device)
     in_base, valid = labels < first_new_id, labels >= 0
@@ -217,7 +218,7 @@ def _group_loss(
 
 
 def soft_cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """logits = softcap * tanh(logits / softcap) in place, as Gemma 2 does; returns d(capped)/d(logits)."""
+    """softcap * tanh(logits / softcap) in place, as Gemma 2 does; returns d(capped)/d(logits)."""
     if not softcap:
         return None
     logits.div_(softcap).tanh_()
@@ -272,13 +273,13 @@ class WakeOverlay(nn.Module):
 
     input_rows (N, H) fp32. output_rows (N, H) fp32 with their own values; or None: the head uses
     input_rows too (tied models). train_output=False leaves the output side at its start.
-    offload_input_table moves an untied base input table to the CPU: it is only looked up, 2,048 rows
-    a step (20 MiB) cross the bus instead of 1.45 GiB sitting on the card.
+    offload_input_table moves an untied base input table to the CPU: it is only looked up, and 2,048
+    rows a step (20 MiB) cross the bus instead of 1.45 GiB sitting on the card.
 
     Memory: 4 N H bytes a row set; a dense gradient of the same size for a trained output side;
             input gradients only for rows in use.
-    Raises: OverlayError where the head has a bias or is no plain linear layer, or where the probe in
-            `install` sees logits that differ from the model's own.
+    Raises: OverlayError where the head has a bias or is no plain linear layer, or where the probe
+            in `install` sees logits that differ from the model's own.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class WakeOverlay(nn.Module):
         super().__init__()
         check_head(model, first_new_id)
         self.model = [model]  # in a list: the overlay owns its rows, not the model
-        # Past nn.Module's own __setattr__: as submodules they would be saved, moved and trained with us.
+        # Past nn.Module's __setattr__: as submodules they would be saved, moved, trained with us.
         object.__setattr__(self, "embedding", model.get_input_embeddings())
         object.__setattr__(self, "head", model.get_output_embeddings())
         object.__setattr__(self, "body", getattr(model, model.base_model_prefix))
@@ -325,7 +326,7 @@ class WakeOverlay(nn.Module):
         return self.first_new_id + len(self.input_rows)
 
     def base_embed(self, input_ids: Tensor) -> Tensor:
-        """(..., ) ids -> (..., H) base rows on the card; new ids get row 0, which `embed` replaces."""
+        """(...,) ids -> (..., H) base rows on the card; new ids get row 0, which embed replaces."""
         ids = torch.where(input_ids < self.first_new_id, input_ids, 0)
         embeds = self.embedding(ids.to(self.embedding.weight.device)).detach()
         if embeds.device != self.base_rows.device and self.base_rows.is_cuda:
@@ -333,7 +334,7 @@ class WakeOverlay(nn.Module):
         return embeds.to(self.base_rows.device, self.dtype, non_blocking=True)
 
     def embed(self, input_ids: Tensor, base_embeds: Tensor | None = None) -> Tensor:
-        """Look up input_ids; ids >= first_new_id come from the new rows, scaled as the model scales.
+        """Look up input_ids; ids >= first_new_id are new rows, scaled as the model scales.
 
         Shapes: input_ids (batch, seq) int64; base_embeds: what base_embed gave earlier
                 -> (batch, seq, H) compute dtype, differentiable in input_rows
@@ -350,7 +351,7 @@ class WakeOverlay(nn.Module):
         return scale.to(self.base_rows.device, self.dtype) if torch.is_tensor(scale) else scale
 
     def begin_step(self, input_ids: Tensor) -> None:
-        """Clear the gradients; input_ids are all ids of the step, of every process and micro-batch."""
+        """Clear the gradients; input_ids: all ids of the step, of every process and micro-batch."""
         new_ids = input_ids[input_ids >= self.first_new_id].unique()  # sorted
         self.touched = (new_ids - self.first_new_id).to(self.input_rows.device)
         self.input_grad = torch.zeros(
@@ -393,7 +394,7 @@ class WakeOverlay(nn.Module):
         )  # index_add_ is not deterministic
 
     def install(self) -> None:
-        """Put the overlay into the model, and prove on a probe that it computes what the model computes."""
+        """Put the overlay into the model, and prove on a probe that it computes what that does."""
         model = self.model[0]
         model.set_input_embeddings(OverlayEmbedding(self))
         model.set_output_embeddings(OverlayHead(self))
@@ -430,8 +431,9 @@ class WakeOverlay(nn.Module):
         difference = (own[0] - ours).abs().max().item() / max(own.abs().max().item(), 1e-30)
         if not difference <= (1e-4 if self.dtype == torch.float32 else 2e-2):
             raise OverlayError(
-                f"{type(model).__name__} computes logits from its hidden states in a way the overlay does"
-                f" not know (relative difference {difference:.2g} on a probe); it cannot be trained exactly"
+                f"{type(model).__name__} computes logits from its hidden states in a way the"
+                f" overlay does not know (relative difference {difference:.2g} on a probe); it"
+                " cannot be trained exactly"
             )
 
 

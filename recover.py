@@ -254,7 +254,7 @@ def copy_sentry(source: Path, folder: Path) -> Path:
     state = read_json(source / MARKER)
     target, part = folder / source.name, folder / f".{source.name}.part"
     try:
-        return check_sentry(target, {"files": state["files"]}).path
+        return check_sentry(target, state).path
     except SentryError:
         shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

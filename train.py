@@ -6,11 +6,12 @@
     python train.py configs/sample.yaml max_steps=20 --fresh
     torchrun --nproc-per-node 2 train.py CONFIG             the same steps on two cards
 
-A step: effective_batch_size sequences in micro-batches through the frozen body; the loss over base and
-new vocabulary gives gradients to the new rows alone; clip; Adafactor. Every position of every
+A step: effective_batch_size sequences in micro-batches through the frozen body; the loss over base
+and new vocabulary gives gradients to the new rows alone; clip; Adafactor. Every position of every
 sequence has one target and counts once, so the loss is nats per predicted token whatever the
-micro-batch. RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png, samples.md,
-snapshots/ (whole saves on the local disk) and sentries/ (verified copies; or sentry_dir).
+micro-batch. RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png,
+samples.md, snapshots/ (whole saves on the local disk) and sentries/ (verified copies; or
+sentry_dir).
 """
 
 import base64
@@ -23,6 +24,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
@@ -31,16 +33,14 @@ import time
 import types
 from pathlib import Path
 
-import yaml
-
 # Pasted into a notebook below the other four, their names are there already.
 if "check_environment" not in globals():
     from env_shim import apply, check_environment, installed_version, keep_cpu_weights_plain
 if "Config" not in globals():
     from extend_tokenizer import (
-        Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, extend,
-        format_report, load_config, new_words_hash, plan_new_words, read_corpus, read_lexicon,
-        run_command,
+        Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, divisors,
+        extend, format_report, load_config, new_words_hash, plan_new_words, read_corpus,
+        read_lexicon, run_command, write_config,
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
@@ -54,9 +54,9 @@ FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps
 # A run may continue although these differ: they change how it runs, not what it computes. The
 # content of lexicon and corpus is compared by hash.
 HARMLESS_KEYS = {
-    "compute_dtype", "device", "micro_batch_size", "max_steps", "gradient_checkpointing", "compile", "log_every",
-    "eval_every", "save_every", "snapshot_every", "keep_sentries", "run_dir", "sentry_dir",
-    "max_gpu_gib", "prompts", "tensorboard", "trust_remote_code", "lexicon", "corpus",
+    "compute_dtype", "device", "micro_batch_size", "max_steps", "gradient_checkpointing", "compile",
+    "log_every", "eval_every", "save_every", "snapshot_every", "keep_sentries", "run_dir",
+    "sentry_dir", "max_gpu_gib", "prompts", "tensorboard", "trust_remote_code", "lexicon", "corpus",
     "lexicon_min_count", "lexicon_min_base_tokens",
 }  # fmt: skip
 
@@ -82,8 +82,9 @@ def memory_plan(
 ) -> dict[str, float]:
     """GiB that training takes on a card, by part; 'total' is the peak the allocator will report.
 
-    shape: the model's config.json. Activations are those of a decoder layer with gated MLP; the bytes
-    of one live layer were fitted to a measurement (README, "Speed and memory").
+    shape: the model's config.json. Activations are those of a decoder layer with gated MLP, every
+    layer recomputed unless gradient_checkpointing is false. On Qwen2.5-14B's shapes at 16 x 128
+    this says 11.96 GiB; measured: 12.17 (README, "Speed and memory").
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
@@ -109,7 +110,8 @@ def memory_plan(
         "new rows": row_set * (2 if separate else 1),
         "gradients": row_set * (config.output_rows != "frozen")
         + 4 * min(step_tokens, num_new) * hidden,
-        "activations": layers * tokens * hidden * 2 + kept * layer,
+        "activations": layers * tokens * hidden * 2
+        + kept * kept_layer_bytes(shape, tokens, config),
         "loss chunk or one layer": max(loss, layer),
     }
     plan = {name: size / GIB for name, size in plan.items()}
@@ -117,32 +119,48 @@ def memory_plan(
     return plan
 
 
+def kept_layer_bytes(shape: dict, tokens: int, config: Config) -> float:
+    """What a layer that is not recomputed keeps for backward: of the 14B at 16 x 128, 0.27 GiB in
+    eager mode, 0.18 with fused elementwise work (measured, see README)."""
+    inner, hidden = shape["intermediate_size"], shape["hidden_size"]
+    if config.compile == "false":
+        return tokens * 2 * (4 * inner + 2.8 * hidden)
+    return tokens * 2 * (2 * inner + 3.7 * hidden)
+
+
 def dry_run(config: Config) -> None:
     """Print the memory plan line by line, the micro-batch it would try, and which cards it fits."""
     words = plan_new_words(config)
     shape, num_new = json.loads(words.files["config.json"]), len(words.words)
     cap = config.max_gpu_gib or 14.0
-    divisors = [
-        n for n in range(1, config.effective_batch_size + 1) if config.effective_batch_size % n == 0
-    ]
-    sizes = divisors if config.micro_batch_size == "auto" else [config.micro_batch_size]
+    sizes = [config.micro_batch_size]
+    if config.micro_batch_size == "auto":
+        sizes = divisors(config.effective_batch_size)
     plans = {size: memory_plan(shape, num_new, config, size) for size in sizes}
     micro = max((size for size in sizes if plans[size]["total"] <= cap), default=min(sizes))
     for name, gib in plans[micro].items():
         print(f"{name:26} {gib:8.2f} GiB")
-    print(f"{'margin':26} {cap - plans[micro]['total']:8.2f} GiB under {cap:g}")
+    margin = cap - plans[micro]["total"]
+    print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
     print(
-        f"micro_batch_size {micro} x {config.effective_batch_size // micro}, seq_len {config.seq_len}"
+        f"micro_batch_size {micro} x {config.effective_batch_size // micro},"
+        f" seq_len {config.seq_len}"
     )
-    sentry = 2 if plans[micro]["new rows"] * GIB > 4 * num_new * shape["hidden_size"] * 1.5 else 1
-    print(f"bytes per sentry {sentry * 4 * num_new * (shape['hidden_size'] + 1):,}")
+    if config.gradient_checkpointing == "auto":
+        layer = kept_layer_bytes(shape, micro * config.seq_len, config) / GIB
+        kept = max(min(int((margin - 0.5) / layer), shape["num_hidden_layers"]), 0)
+        print(
+            f"about {kept} of {shape['num_hidden_layers']} layers can keep their activations in it"
+        )
+    size = plans[micro]["new rows"] * GIB * (1 + 1 / shape["hidden_size"])
+    print(f"bytes per sentry {round(size):,}")
     for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
         fits = [size for size in sizes if plans[size]["total"] <= usable]
         print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
 
 
 def before_torch(arguments) -> None:
-    """What can be known without torch: a wrong config, a missing file or package, the memory plan."""
+    """What needs no torch: a wrong config, a missing file or package is said, the memory plan."""
     config = load_config(arguments.config, *arguments.overrides)
     if arguments.dry_run:
         return dry_run(config)
@@ -192,19 +210,14 @@ class Place:
 def find_place(config: Config) -> Place:
     """Choose device and dtype, and join the other processes where torchrun started us.
 
-    A GPU below compute capability 8.0 (a T4) computes in float16: torch.cuda.is_bf16_supported() says
-    True there too, but counts emulation, which is slower than float32.
+    A GPU below compute capability 8.0 (a T4) computes in float16: torch.cuda.is_bf16_supported()
+    says True there too, but counts emulation, which is slower than float32.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if config.effective_batch_size % world:
-        divisors = [
-            n
-            for n in range(1, config.effective_batch_size + 1)
-            if config.effective_batch_size % n == 0
-        ]
         raise ConfigError(
             f"{world} processes do not divide effective_batch_size {config.effective_batch_size};"
-            f" start one of {', '.join(map(str, divisors))}"
+            f" start one of {', '.join(map(str, divisors(config.effective_batch_size)))}"
         )
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.device == "cuda" and not use_cuda:
@@ -223,7 +236,15 @@ def find_place(config: Config) -> Place:
         dtype, why = getattr(torch, config.compute_dtype), "compute_dtype in the config"
     if world > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        store = next(dist.rendezvous("env://", timeout=timeout))[0]
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun 2.13 restarts one node's processes on the old store, where the dead ones'
+            # addresses still stand; several nodes get a new store
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        )
     return Place(rank, world, device, dtype, why)
 
 
@@ -259,7 +280,7 @@ class Data:
 
 
 def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, str]:
-    """Cut off the end of each of `parts` equal pieces as held-out text, at line ends where there are any.
+    """Cut off the end of each of `parts` equal pieces as held-out text, at line ends if possible.
 
     Spread over the book, the held-out text is of all its chapters; cut before anything is shuffled,
     it shares no sequence with the training text, and it depends on text and fraction alone.
@@ -279,7 +300,8 @@ def load_data(config: Config, words: NewWords) -> Data:
 
     Raises: ConfigError where train or held-out text is shorter than one sequence.
     """
-    halves = [split_text(text, config.val_fraction) for text in read_corpus(config)]
+    texts = read_corpus(config)
+    halves = [split_text(text, config.val_fraction) for text in texts]
     train_text, val_text = ("".join(half) for half in zip(*halves))
     key = [
         train_text,
@@ -307,16 +329,17 @@ def load_data(config: Config, words: NewWords) -> Data:
                 f"corpus: the {name} text has {len(streams[name])} tokens, fewer than a sequence of"
                 f" {config.seq_len} and its last target; {change} or lower seq_len"
             )
-    text_hash = hashlib.sha256((train_text + "\0" + val_text).encode("utf-8")).hexdigest()
+    text_hash = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
     return Data(**streams, val_text=val_text, bos_id=words.bos_id, sha256=text_hash)
 
 
 def sequences(
     stream: Tensor, numbers: Tensor, seq_len: int, bos_id: int | None
 ) -> tuple[Tensor, Tensor]:
-    """(x, y), each (len(numbers), seq_len): every token of the stream but its first is a target once.
+    """(x, y), each (len(numbers), seq_len): every token of the stream but the first is one target.
 
-    Where the base tokenizer puts a BOS before a text, it takes the place of each sequence's first input.
+    Where the base tokenizer puts a BOS before a text, it takes the place of each sequence's first
+    input.
     """
     places = numbers[:, None] * seq_len + torch.arange(seq_len)
     x, y = stream[places], stream[places + 1]
@@ -326,7 +349,7 @@ def sequences(
 
 
 def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: int) -> Tensor:
-    """The sequences of a step (1, 2, ...): a function of the step alone, so continuing needs no state.
+    """The sequences of a step (1, 2, ...), by the step alone, so that continuing needs no state.
 
     Epoch e goes through the sequences in the order that seed and e give.
     """
@@ -352,6 +375,7 @@ def load_model(config: Config, place: Place):
     Raises: ConfigError with the library's reason in one line.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
     settings = {
         "revision": config.model_revision,
@@ -366,6 +390,10 @@ def load_model(config: Config, place: Place):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=place.dtype,
         )
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    # On a CPU it tells to install a package for a faster product; nothing is wrong without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
     except (OSError, ValueError, ImportError) as error:
@@ -392,6 +420,7 @@ def first_rows(config: Config, model, words: NewWords) -> tuple[Tensor, Tensor |
         if config.init == "subtoken_mean":
             rows.append(subtoken_mean(table, words.spellings))
         else:
+            # one seed for both sides: the first runs' tables were one, new rows included
             rows.append(spherical_rows(table, len(words.words), config.init_radius, config.seed))
     return rows[0], rows[1] if len(rows) == 2 else None, mode != "frozen"
 
@@ -414,17 +443,18 @@ def recomputing(forward):
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
         return checkpoint(
-            forward, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **keywords
+            forward, *arguments, use_reentrant=False, preserve_rng_state=False,
+            determinism_check="none", **keywords,
         )  # fmt: skip
 
     return call
 
 
 def fuse_elementwise(model) -> None:
-    """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training passes.
+    """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training.
 
-    These are memory-bound: fused they save 95 of the 407 ms that the kernels of a 14B step take on an
-    H100. Pieces and not whole layers: a compiled layer recomputes its down projection too, which
+    These are memory-bound: fused they save 95 of the 407 ms that the kernels of a 14B step take on
+    an H100. Pieces and not whole layers: a compiled layer recomputes its down projection too, which
     nothing needs (331 ms against 312). Each piece is compared with the original before it is used.
     Raises: RuntimeError or ImportError where there is no Triton or compiler, or other numbers.
     """
@@ -453,7 +483,7 @@ def fuse_elementwise(model) -> None:
 
 
 def when_training(original, *probe):
-    """`original` compiled where gradients are on; as it is in evaluation and generation, whose shapes vary."""
+    """`original`, compiled where gradients are on; shapes vary in evaluation and generation."""
     compiled = torch.compile(original, dynamic=False)
     if probe:
         wanted, got = original(*probe).float(), compiled(*probe).float()
@@ -492,7 +522,7 @@ class LossScale:
 
     def step_done(self) -> None:
         self.good_steps += 1
-        if 1.0 < self.value < FLOAT16_LOSS_SCALE and self.good_steps % 200 == 0:
+        if self.value < FLOAT16_LOSS_SCALE and self.good_steps % 200 == 0:
             self.value *= 2
 
 
@@ -545,8 +575,8 @@ def forward_backward(
 class GraphedPass:
     """forward_backward of one micro-batch shape as two CUDA graphs, up to the loss and after it.
 
-    A 14B step is 9,000 kernel launches; on an H100 they take Python longer than the card takes to run
-    them. Replaying them costs nothing. Memory: what a pass takes stays reserved between steps.
+    A 14B step is 9,000 kernel launches; on an H100 they take Python longer than the card takes to
+    run them. Replaying them costs nothing. Memory: what a pass takes stays reserved between steps.
     """
 
     def __init__(self, overlay: WakeOverlay, shape: tuple[int, int], scale: float):
@@ -603,11 +633,14 @@ def adafactor_update(
     touched: Tensor | None = None,
     untouched_grad: Tensor | None = None,
 ) -> None:
-    """One Adafactor step on `rows`, in blocks, equal to transformers' Adafactor(lr, eps=(1e-30, 1e-3),
-    clip_threshold=1.0, decay_rate=-0.8, scale_parameter=False, relative_step=False) on grad x grad_scale.
+    """One Adafactor step on `rows`, in blocks, on grad x grad_scale. Equal to transformers'
 
-    Shapes: rows (N, H) fp32; grad (N, H) fp32, or (U, H) for the rows `touched` (U,), all others having
-            untouched_grad (H,), or zero; mean_squares: 'row' (N,) and 'column' (H,), updated in place
+        Adafactor(lr, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, scale_parameter=False,
+                  relative_step=False)
+
+    Shapes: rows (N, H) fp32; grad (N, H) fp32, or (U, H) for the rows `touched` (U,), all others
+            having untouched_grad (H,), or zero; mean_squares: 'row' (N,) and 'column' (H,), updated
+            in place
     Memory: one temporary of 4,096 rows (80 MiB at H = 5,120); the library's are 2 x N x H.
     Source: Shazeer and Stern, "Adafactor", 2018
     """
@@ -620,7 +653,9 @@ def adafactor_update(
     if touched is not None:
         other = torch.zeros_like(column) if untouched_grad is None else untouched_grad * grad_scale
         column_squares += other.square() * ((num_rows - len(grad)) / num_rows)
-        row_squares = other.square().mean().expand(num_rows).clone().index_copy_(0, touched, row_squares)
+        row_squares = (
+            other.square().mean().expand(num_rows).clone().index_copy_(0, touched, row_squares)
+        )
     row.mul_(decay).add_(row_squares + 1e-30, alpha=1 - decay)
     column.mul_(decay).add_(column_squares + 1e-30, alpha=1 - decay)
     all_factors, column_factor = (row / row.mean()).rsqrt(), column.rsqrt()
@@ -651,7 +686,8 @@ class Optimizer:
 
     def __init__(self, overlay: WakeOverlay):
         self.overlay = overlay
-        names = ["input_rows"] if overlay.output_rows is None or not overlay.train_output else ["input_rows", "output_rows"]  # fmt: skip
+        separate = overlay.output_rows is not None and overlay.train_output
+        names = ["input_rows", "output_rows"] if separate else ["input_rows"]
         self.mean_squares = {
             name: {
                 "row": torch.zeros(len(overlay.input_rows), device=overlay.input_rows.device),
@@ -664,7 +700,7 @@ class Optimizer:
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[str, Tensor, Tensor | None]]:
-        """(row set, gradient, touched rows) with input gradients in the shared rows where they are shared."""
+        """(row set, gradient, touched rows); that of shared rows is the sum of both sides'."""
         overlay = self.overlay
         if overlay.output_rows is None and overlay.train_output:
             # touched holds each row once, so this addition is deterministic
@@ -682,7 +718,7 @@ class Optimizer:
     ) -> None:
         """Move every row set; uses the gradients up.
 
-        With coupling, each row's gradient gets coupling / sqrt(N) times the sum of all N rows' added.
+        With coupling, coupling / sqrt(N) times the sum of all N rows' gradients is added to each.
         What all new words have in common (how often any of them comes, what such a word does to the
         next) is then learnt from every occurrence, and reaches words that training never sees.
         """
@@ -717,8 +753,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss on every held-out sequence, split over the processes.
 
-    -> val_loss (nats per predicted token), val_bits_per_byte (of the text those tokens stand for, so
-    comparable across vocabularies), and val_loss_new_words / val_loss_ordinary by kind of target.
+    -> val_loss (nats per predicted token), val_bits_per_byte (of the text those tokens stand for,
+    so comparable across vocabularies); val_loss_new_words, val_loss_ordinary by kind of target.
     """
     num_sequences = data.num_sequences(data.val, config.seq_len)
     sums = torch.zeros(
@@ -751,7 +787,7 @@ def evaluate(
 def evaluate_base(
     overlay: WakeOverlay, data: Data, config: Config, place: Place, micro_batch_size: int
 ) -> float:
-    """Bits per byte of the unextended base model under its own tokenizer, on the same held-out text.
+    """Bits per byte of the unextended base model with its own tokenizer, on the same held-out text.
 
     Each sequence is the text of one of ours, so both models see the same characters of context.
     """
@@ -795,15 +831,16 @@ def evaluate_base(
 
 
 def sample(model, config: Config, words: NewWords) -> list[str]:
-    """Continue each prompt with a fixed seed; new words are marked **so**. The caller's random state stays."""
+    """Continue each prompt with a fixed seed, new words marked **so**; the random state stays."""
     texts, device = [], model.device
     for prompt in config.prompts:
         ids = words.tokenizer.encode(prompt).ids
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             out = model.generate(
-                torch.tensor([ids], device=device), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_p=0.95,
-                top_k=0, pad_token_id=0, attention_mask=torch.ones(1, len(ids), device=device, dtype=torch.long),
+                torch.tensor([ids], device=device), max_new_tokens=SAMPLE_TOKENS, do_sample=True,
+                top_p=0.95, top_k=0, pad_token_id=0,
+                attention_mask=torch.ones(1, len(ids), device=device, dtype=torch.long),
             )[0].tolist()  # fmt: skip
         text = ""
         for end in range(
@@ -845,9 +882,10 @@ def loss_table(records: list[dict]) -> str:
             train_loss = record["loss"]
             continue
         notes = [f"{record['val_bits_per_byte']:.3f} bits/byte"]
-        if record["step"] == 0:
+        if best == math.inf:
             notes.append(
-                f"base model {record['base_bits_per_byte']:.3f}, uniform loss {record['uniform_loss']:.2f}"
+                f"base model {record['base_bits_per_byte']:.3f},"
+                f" uniform loss {record['uniform_loss']:.2f}"
             )
         if record["val_loss"] < best:
             best = record["val_loss"]
@@ -861,7 +899,7 @@ def loss_table(records: list[dict]) -> str:
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
-    """loss.png: train and val in nats per token beside the uniform line; bits per byte beside the base's."""
+    """loss.png: nats per token beside the uniform line, bits per byte beside the base model's."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state in a notebook
 
     trained = [record for record in records if record["kind"] == "train"]
@@ -903,7 +941,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
         xlabel="step", ylabel="bits per byte of held-out text", title="Against the base model"
     )
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     part = path.with_name(path.name + ".part")
@@ -913,7 +951,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
 
 @dataclasses.dataclass
 class Records:
-    """metrics.jsonl and everything made of it. A continued run starts from the sentry's own copy."""
+    """metrics.jsonl and all made of it. A continued run starts from the sentry's own copy."""
 
     folder: Path
     config: Config
@@ -924,6 +962,8 @@ class Records:
     def __post_init__(self):
         write_text(self.folder / "metrics.jsonl", "".join(self.lines))
         write_text(self.folder / "samples.md", self.samples)
+        if any(record["kind"] == "eval" for record in self.parsed()):
+            self.draw()
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -941,8 +981,11 @@ class Records:
                 if isinstance(value, float):
                     self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
         if record["kind"] == "eval":
-            write_text(self.folder / "loss_table.md", loss_table(self.parsed()))
-            plot_losses(self.parsed(), self.folder / "loss.png")
+            self.draw()
+
+    def draw(self) -> None:
+        write_text(self.folder / "loss_table.md", loss_table(self.parsed()))
+        plot_losses(self.parsed(), self.folder / "loss.png")
 
     def add_samples(self, step: int, prompts: tuple[str, ...], texts: list[str]) -> None:
         self.samples += f"## Step {step}\n\n" + "".join(
@@ -952,7 +995,7 @@ class Records:
 
 
 class Progress:
-    """One line redrawn every two seconds at most on a terminal; plain lines at log_every elsewhere."""
+    """On a terminal one line, redrawn every two seconds at most; elsewhere one every log_every."""
 
     def __init__(self, place: Place, config: Config, first_step: int):
         self.place, self.config, self.first_step = place, config, first_step
@@ -1006,7 +1049,7 @@ def lock_run(run_dir: Path):
 
 
 def start_over(config: Config) -> None:
-    """--fresh: put the old run's files and sentries into old-1/, old-2/ ... beside where they stood."""
+    """--fresh: put the old run's files and sentries into old-1/, old-2/ ... where they stood."""
     for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
         if not folder.is_dir():
             continue
@@ -1036,7 +1079,8 @@ def compare_configs(old: dict, config: Config) -> None:
                 f"{name}: the run was started with {old[name]!r}, now it is {new[name]!r}"
                 for name in changed
             ),
-            "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
+            "put these keys back to continue, or start over with --fresh (the old run is kept"
+            " aside)",
         )
 
 
@@ -1069,7 +1113,7 @@ def restore_random_state(states: dict[str, str]) -> None:
 
 
 class HostCopies:
-    """Host buffers that a save is written from, pinned and reused: 1.7 GiB in 0.1 s on an H100's bus."""
+    """Buffers that a save is written from, pinned beside a GPU, reused (tests/bench_save.py)."""
 
     def __init__(self):
         self.buffers: dict[str, Tensor] = {}
@@ -1093,7 +1137,7 @@ class HostCopies:
 
 @dataclasses.dataclass
 class StepBatch:
-    """This process's share of a step: x, y (B, T) and base_embeds (B, T, H) on the device; all_ids on the CPU."""
+    """This process's share of a step: x, y (B, T), base_embeds (B, T, H) on the device; all ids."""
 
     x: Tensor
     y: Tensor
@@ -1104,7 +1148,7 @@ class StepBatch:
 
 @dataclasses.dataclass
 class Fit:
-    """How a step runs here: micro-batch, layers that recompute, the pass as CUDA graphs, and in words."""
+    """How a step runs here: micro-batch, layers that recompute, CUDA graphs, and in words."""
 
     micro_batch_size: int
     recomputed: int
@@ -1116,7 +1160,7 @@ class Fit:
 def prepare_step(
     step: int, overlay: WakeOverlay, data: Data, config: Config, place: Place
 ) -> StepBatch:
-    """Look the step's sequences up and start their way to the card, which does not wait for them."""
+    """Look the step's sequences up and start their way to the card, which waits for none."""
     size = config.effective_batch_size
     num_sequences = data.num_sequences(data.train, config.seq_len)
     numbers = step_sequence_numbers(step, size, num_sequences, config.seed)
@@ -1136,7 +1180,7 @@ def accumulate(
     fit: Fit,
     loss_scale: LossScale,
 ) -> Tensor:
-    """All micro-batches of this process's share: gradients in the overlay -> sum of losses, 0-dim fp32.
+    """All micro-batches of this process's share -> sum of losses, 0-dim fp32; gradients in overlay.
 
     With several processes only the new rows' gradients cross, summed once a step: the output rows'
     in buckets under the last micro-batch's backward, the input rows' as the rows touched.
@@ -1164,14 +1208,14 @@ def accumulate(
 
 
 def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Place, model) -> Fit:
-    """Find the largest micro-batch that fits by trying real passes, then let as many of the last layers
-    keep their activations as the memory left over holds, by the cost of four of them measured.
+    """Find the largest micro-batch that fits by trying real passes. Then let as many of the last
+    layers keep their activations as the memory left over holds; the cost of four is measured.
 
-    On a GPU elementwise work is fused; from compute capability 8.0 the pass is also captured in CUDA
-    graphs. A T4 takes 20 x longer for a step's kernels than Python takes to launch them.
+    On a GPU elementwise work is fused; from compute capability 8.0 the pass is also captured in
+    CUDA graphs. A T4 takes 20 x longer for a step's kernels than Python takes to launch them.
     """
     share = config.effective_batch_size // place.world
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    sizes = divisors(share)[::-1]
     if config.micro_batch_size != "auto":
         sizes = [math.gcd(config.micro_batch_size, share)]
     num_layers = len(model.base_model.layers)
@@ -1184,9 +1228,8 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
     if config.compile != "false":
         try:
             fuse_elementwise(model)
-            use_graph = (
-                place.dtype == torch.bfloat16
-            )  # float16 decides after each pass whether to repeat it
+            # float16 decides after each pass whether to repeat it, which no graph can
+            use_graph = place.dtype == torch.bfloat16
             fit.note = ", fused"
         except (RuntimeError, ImportError) as error:
             fit.note = f", not fused: {str(error).strip().splitlines()[0]}"
@@ -1210,11 +1253,12 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
             break
     else:
         raise ConfigError(
-            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens; lower seq_len"
+            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens;"
+            " lower seq_len"
         )
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min(config.max_gpu_gib * GIB, free) if config.max_gpu_gib else free
-    # Graphs keep their pass's memory to themselves; the loss of an evaluation needs its own beside it.
+    # Graphs keep their pass's memory to themselves; an evaluation's loss needs its own beside it.
     if use_graph and peak + 1.2 * GIB > limit:
         use_graph, fit.note = False, fit.note + ", not as CUDA graphs: they would need 1.2 GiB more"
     limit -= (1.2 if use_graph else 0.5) * GIB
@@ -1245,7 +1289,7 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
 
 @contextlib.contextmanager
 def plain_errors(config: Config, place: Place):
-    """One line for a local disk that is full or gone read-only, and for another process that died."""
+    """One line for a local disk full or read-only, and for another process that died."""
     try:
         yield
     except OSError as error:
@@ -1258,14 +1302,16 @@ def plain_errors(config: Config, place: Place):
     except RuntimeError as error:
         if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        if place.device.type == "cpu":
+            dist.destroy_process_group()  # its threads would abort this process at its end
         raise SentryError(
-            f"process {place.rank}: another process of this run died ({str(error).splitlines()[0]});"
+            f"process {place.rank} ends: another process of this run died or cannot be reached;"
             " start the same command again"
         ) from error
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C asks for a sentry and an orderly end after the step; a second one ends at once."""
+    """SIGTERM or Ctrl-C asks for a sentry and an end after the step; a second one ends at once."""
 
     def __init__(self):
         self.name = ""
@@ -1304,10 +1350,12 @@ class Run:
     best_val_loss: float
     base_bits_per_byte: float | None
     fit: Fit
+    optimizer_step: int  # the step, but for an imported run: its statistics began later
+    val_bits_per_byte: float | None = None
     host_copies: HostCopies = dataclasses.field(default_factory=HostCopies)
 
     def save(self, durable: bool) -> None:
-        """Begin a whole save of this step in the background; waits only for the copy to host memory."""
+        """Begin a whole save in the background; waits for nothing but the copy to host memory."""
         if self.writer is None:
             return
         self.writer.finish_local()  # the buffers belong to the save before until it is written
@@ -1319,7 +1367,8 @@ class Run:
             "sequences_seen": self.step * self.config.effective_batch_size,
             "random_state": random_state(),
             "loss_scale": dataclasses.asdict(self.loss_scale),
-            "best_val_loss": self.best_val_loss,
+            "optimizer_step": self.optimizer_step,
+            "best_val_loss": self.best_val_loss if self.best_val_loss < math.inf else None,
             "base_bits_per_byte": self.base_bits_per_byte,
             "config": dataclasses.asdict(self.config),
             "versions": versions(),
@@ -1353,6 +1402,7 @@ class Run:
                 f"above the unextended base model's {self.base_bits_per_byte:.3f} bits/byte"
             )
         self.best_val_loss = min(self.best_val_loss, record["val_loss"])
+        self.val_bits_per_byte = record["val_bits_per_byte"]
         if self.records:
             self.records.add(record)
             if self.config.prompts:
@@ -1367,20 +1417,13 @@ def versions() -> dict[str, str]:
 
 
 def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
-    """Everything before the first step: words, data, model, and rows from a sentry or from the start."""
+    """Everything before the first step: words, data, model, and rows from a sentry or new ones."""
     run_dir = Path(config.run_dir)
     durable = Path(config.sentry_dir or run_dir / "sentries")
     words, data, sentry = prepare(config, place, fresh, step, [run_dir / "snapshots", durable])
     if place.rank == 0:
-        write_text(
-            run_dir / "config.yaml",
-            yaml.safe_dump(
-                json.loads(json.dumps(dataclasses.asdict(config))),
-                sort_keys=False,
-                allow_unicode=True,
-            ),
-        )
-    place.say(format_report(words.report))
+        write_config(config)
+        place.say(format_report(words.report))
     model = load_model(config, place)
     state = sentry.state if sentry else {}
     input_rows, output_rows, train_output = first_rows(config, model, words)
@@ -1413,22 +1456,23 @@ def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
     if place.world > 1:  # the other nodes may not have the sentry's folder
         for tensor in optimizer.tensors().values():
             dist.broadcast(tensor, 0)
-    scale = (
-        LossScale(**state["loss_scale"])
-        if sentry
-        else LossScale(FLOAT16_LOSS_SCALE if place.dtype == torch.float16 else 1.0)
-    )
+    scale = LossScale()
+    if place.dtype == torch.float16:
+        scale = LossScale(**state.get("loss_scale", {}))
+        if scale.value == 1.0:  # new, or on another dtype until now
+            scale.value = FLOAT16_LOSS_SCALE
     fit = fit_to_machine(overlay, data, config, place, model)
     return Run(
-        config, place, words, data, model, overlay, optimizer, records, writer, scale, state.get("step", 0),
-        state.get("best_val_loss", math.inf), state.get("base_bits_per_byte"), fit,
+        config, place, words, data, model, overlay, optimizer, records, writer, scale,
+        state.get("step", 0), state.get("best_val_loss") or math.inf,
+        state.get("base_bits_per_byte"), fit, state.get("optimizer_step", 0),
     )  # fmt: skip
 
 
 def prepare(
     config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path]
 ) -> tuple[NewWords, Data, Sentry | None]:
-    """Words, data, and the sentry to continue from: rank 0 chooses it, and its error ends every process."""
+    """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all."""
     if place.rank == 0:
         try:
             if fresh:
@@ -1512,9 +1556,11 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         f" process(es), {tokens_per_step:,} tokens a step, {fit.recomputed} of {num_layers} layers"
         f" recomputed{fit.note}"
     )
-    if run.step == 0 and not (run.records and run.records.lines):
+    if run.best_val_loss == math.inf:  # nothing evaluated yet: a new run, or an imported one
         run.evaluate()
         progress.say(eval_line(run))
+    if run.writer:
+        run.host_copies.take(run.optimizer.tensors())  # makes the buffers now, not in a step
     batch = prepare_step(run.step + 1, overlay, run.data, config, place)
     while run.step < config.max_steps:  # a stop request ends it below, on all processes at once
         began, step = time.perf_counter(), run.step + 1
@@ -1548,25 +1594,31 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         loss /= tokens_per_step
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SentryError(
-                f"step {step}: loss {loss}, gradient norm {norm} on sequences {batch.numbers.tolist()}; stopped before"
-                " the update, the last sentry is good: lower learning_rate, or use compute_dtype float32 or bfloat16"
+                f"step {step}: loss {loss}, gradient norm {norm} on sequences"
+                f" {batch.numbers.tolist()}; stopped before the update, the last sentry is good:"
+                " lower learning_rate, or use compute_dtype float32 or bfloat16"
             )
         learning_rate = learning_rate_at(step, config)
         grad_scale = min(1.0, config.max_grad_norm / (norm + 1e-6))
-        run.optimizer.update(gradients, step, learning_rate, grad_scale, config.row_coupling)
-        run.loss_scale.step_done()
+        run.optimizer_step += 1
+        run.optimizer.update(
+            gradients, run.optimizer_step, learning_rate, grad_scale, config.row_coupling
+        )
+        if place.dtype == torch.float16:
+            run.loss_scale.step_done()
         run.step, batch = step, following
         seconds = time.perf_counter() - began
         record = {
-            "step": step, "kind": "train", "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
-            "step_seconds": seconds, "tokens_per_second": tokens_per_step / seconds,
+            "step": step, "kind": "train", "loss": loss, "learning_rate": learning_rate,
+            "grad_norm": norm, "step_seconds": seconds,
+            "tokens_per_second": tokens_per_step / seconds,
         }  # fmt: skip
         if place.device.type == "cuda":
             record["peak_vram_gib"] = max(torch.cuda.max_memory_allocated(), fit.peak_bytes) / GIB
         last = step == config.max_steps or bool(stopping)
         if run.records and (step % config.log_every == 0 or last):
             run.records.add(record)
-        progress.step(step, step_line(record, config), seconds)
+        progress.step(step, step_line(record, run), seconds)
         if step % config.eval_every == 0 or step == config.max_steps:
             run.evaluate()
             progress.say(eval_line(run))
@@ -1575,14 +1627,17 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         if run.writer:
             run.writer.check()
         if stopping:
+            stop.name = stop.name or "a signal to another process"
             break
 
 
-def step_line(record: dict, config: Config) -> str:
+def step_line(record: dict, run: Run) -> str:
+    bits = f"  {run.val_bits_per_byte:.3f} bits/byte held out" if run.val_bits_per_byte else ""
     peak = f"  peak {record['peak_vram_gib']:.1f} GiB" if "peak_vram_gib" in record else ""
     return (
-        f"step {record['step']}/{config.max_steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}"
-        f"  {record['step_seconds']:.2f} s/step  {record['tokens_per_second']:,.0f} tokens/s{peak}"
+        f"step {record['step']}/{run.config.max_steps}  loss {record['loss']:.4f}{bits}"
+        f"  lr {record['learning_rate']:.2e}  {record['step_seconds']:.2f} s/step"
+        f"  {record['tokens_per_second']:,.0f} tokens/s{peak}"
     )
 
 
@@ -1591,9 +1646,10 @@ def eval_line(run: Run) -> str:
         return ""
     record = next(r for r in reversed(run.records.parsed()) if r["kind"] == "eval")
     line = (
-        f"step {record['step']}  held-out loss {record['val_loss']:.4f} (uniform {record['uniform_loss']:.2f};"
-        f" new words {record['val_loss_new_words']:.2f}, others {record['val_loss_ordinary']:.2f})"
-        f"  {record['val_bits_per_byte']:.3f} bits/byte (base model {record['base_bits_per_byte']:.3f})"
+        f"step {record['step']}  held-out loss {record['val_loss']:.4f}"
+        f" (uniform {record['uniform_loss']:.2f}; new words {record['val_loss_new_words']:.2f},"
+        f" others {record['val_loss_ordinary']:.2f})  {record['val_bits_per_byte']:.3f} bits/byte"
+        f" (base model {record['base_bits_per_byte']:.3f})"
     )
     return "\n".join([line, *(f"warning: {text}" for text in record["warnings"])])
 
@@ -1601,16 +1657,18 @@ def eval_line(run: Run) -> str:
 def train(
     config: Config | str | Path, *overrides: str, fresh: bool = False, step: int | None = None
 ) -> dict:
-    """Train, or continue, the run that a YAML path (with key=value overrides) or a Config describes.
+    """Train, or continue, the run of a YAML path with key=value overrides, or of a Config.
 
-    Returns the last evaluation's record with 'stopped' (the signal's name or ''); raises ConfigError,
-    SentryError or OverlayError with one line for each thing that the user can mend.
+    Returns the last evaluation's record with 'stopped' (the signal's name or ''); raises
+    ConfigError, SentryError or OverlayError with one line for each thing that the user can mend.
     """
     if not isinstance(config, Config):
         config = load_config(config, *overrides)
     apply()
     if problems := check_environment(config.device, config.quantization):
         raise ConfigError(*problems)
+    if config.tensorboard and not installed_version("tensorboard"):
+        raise ConfigError("tensorboard: true, but the package is missing; pip install tensorboard")
     gc.collect()  # in a notebook: what a stopped run before this one left
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -1620,9 +1678,10 @@ def train(
         run = begin(config, place, fresh, step)
         place.say(
             ", ".join(f"{name} {number}" for name, number in versions().items())
-            + f"\n{torch.cuda.get_device_name() if place.device.type == 'cuda' else 'CPU'}, compute dtype"
-            f" {str(place.dtype).removeprefix('torch.')} ({place.why}); trainable {len(run.words.words):,} words x"
-            f" {run.overlay.input_rows.shape[1]:,}, ln(vocabulary of {run.overlay.vocab_size:,}) ="
+            + f"\n{torch.cuda.get_device_name() if place.device.type == 'cuda' else 'CPU'},"
+            f" compute dtype {str(place.dtype).removeprefix('torch.')} ({place.why});"
+            f" trainable {len(run.words.words):,} words x {run.overlay.input_rows.shape[1]:,},"
+            f" ln(vocabulary of {run.overlay.vocab_size:,}) ="
             f" {math.log(run.overlay.vocab_size):.2f}"
         )
         try:
@@ -1632,17 +1691,21 @@ def train(
                 run.writer.finish()
         if place.rank == 0:
             place.say((Path(config.run_dir) / "loss_table.md").read_text(encoding="utf-8"))
+        if place.world > 1:
+            dist.barrier()  # a process that ends while others still talk to it can abort them
+            dist.destroy_process_group()
         records = run.records.parsed() if run.records else []
     evaluations = [record for record in records if record["kind"] == "eval"]
     return {**(evaluations[-1] if evaluations else {}), "step": run.step, "stopped": stop.name}
 
 
 def main(config_path: str, *overrides: str, fresh: bool = False, step: int | None = None) -> dict:
-    """train(), for the command line: a run that was stopped before its end is an error of status 1."""
+    """train(), for the command line: a run stopped before its end is an error of status 1."""
     result = train(config_path, *overrides, fresh=fresh, step=step)
     if result["stopped"]:
         raise ConfigError(
-            f"stopped by {result['stopped']} at step {result['step']}, saved; the same command goes on from there"
+            f"stopped by {result['stopped']} at step {result['step']}, saved; the same command goes"
+            " on from there"
         )
     return result
 

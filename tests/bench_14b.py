@@ -1,14 +1,14 @@
-"""Speed and memory of a training step on Qwen2.5-14B's shapes with random NF4 weights, one CUDA GPU.
+"""Speed and memory of a step on Qwen2.5-14B's shapes with random NF4 weights, one CUDA GPU.
 
     python tests/bench_14b.py                      all methods, one JSON line each, ratios last
     python tests/bench_14b.py ours floor           some of them
     python tests/bench_14b.py --shape tiny --device cpu ours floor body     does the program run?
 
-2,048 tokens a step, 44,223 new rows, head untied, separate output rows trained, the allocator capped at
---cap GiB for `ours` and the floor. The floor is the frozen body and the base head rows with the same
-chunked loss and all layers recomputed, nothing trained; `ours` and the floor are timed in turns, in one
-process. A step of `ours` is all of train.py's: look-ups, loss, gradients, finite check, clipping,
-Adafactor on both row sets. Peaks are what the allocator reports.
+2,048 tokens a step, 44,223 new rows, head untied, separate output rows trained, the allocator
+capped at --cap GiB for `ours` and the floor. The floor is the frozen body and the base head rows
+with the same chunked loss and all layers recomputed, nothing trained; `ours` and the floor are
+timed in turns, in one process. A step of `ours` is all of train.py's: look-ups, loss, gradients,
+finite check, clipping, Adafactor on both row sets. Peaks are what the allocator reports.
 """
 
 import argparse
@@ -41,10 +41,11 @@ SHAPES = {
 
 
 def random_model(shape: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Qwen2 of these shapes: linear layers quantized to NF4 one by one, nothing ever whole in 16 bits."""
+    """Qwen2 of these shapes: linear layers quantized to NF4 one by one, never whole in 16 bits."""
     import bitsandbytes as bnb
 
-    config = Qwen2Config(**{k: v for k, v in shape.items() if k not in ("base", "new")}, tie_word_embeddings=False)  # fmt: skip
+    sizes = {key: value for key, value in shape.items() if key not in ("base", "new")}
+    config = Qwen2Config(**sizes, tie_word_embeddings=False)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
@@ -138,7 +139,8 @@ def timed(bench: Bench, step) -> float:
 
 def make_overlay(bench: Bench) -> WakeOverlay:
     rows = [torch.randn(bench.shape["new"], bench.shape["hidden_size"]) * 0.02 for _ in range(2)]
-    overlay = WakeOverlay(bench.model, bench.shape["base"], *rows, offload_input_table=bench.place.device.type == "cuda")  # fmt: skip
+    offload = bench.place.device.type == "cuda"
+    overlay = WakeOverlay(bench.model, bench.shape["base"], *rows, offload_input_table=offload)
     overlay.install()
     return overlay
 
@@ -169,7 +171,8 @@ class OurStep:
 
 def floor_step(bench: Bench, overlay: WakeOverlay, micro: int, with_head: bool = True):
     """Frozen body and base head rows, forward and gradient to the inputs."""
-    x, y = train.sequences(bench.data.train, torch.arange(bench.config.effective_batch_size), bench.config.seq_len, None)  # fmt: skip
+    numbers = torch.arange(bench.config.effective_batch_size)
+    x, y = train.sequences(bench.data.train, numbers, bench.config.seq_len, None)
     x = x.clamp(max=bench.shape["base"] - 1)
     y = y.clamp(max=bench.shape["base"] - 1).to(bench.place.device)
     embeds = overlay.base_embed(x)
@@ -188,7 +191,7 @@ def floor_step(bench: Bench, overlay: WakeOverlay, micro: int, with_head: bool =
 
 
 def original_method(bench: Bench, micro: int, peft: bool) -> None:
-    """The table resized to all words, library loss, dense row gradient; or PEFT's TrainableTokens."""
+    """The table resized to all words, library loss, dense gradient; or PEFT's TrainableTokens."""
     shape, model, place = bench.shape, bench.model, bench.place
     total, first = shape["base"] + shape["new"], shape["base"]
     table = torch.randn(total, shape["hidden_size"], device=place.device, dtype=place.dtype) * 0.02
@@ -203,12 +206,13 @@ def original_method(bench: Bench, micro: int, peft: bool) -> None:
     if peft:
         from peft import TrainableTokensConfig, get_peft_model
 
-        ids = list(range(first, total))
-        model = get_peft_model(model, TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"]))  # fmt: skip
+        tokens = {"token_indices": list(range(first, total)), "target_modules": ["embed_tokens"]}
+        model = get_peft_model(model, TrainableTokensConfig(**tokens))
         rows = [p for p in model.parameters() if p.requires_grad]
     else:
         rows = [nn.Parameter(table[first:].float())]
-    x, _ = train.sequences(bench.data.train, torch.arange(bench.config.effective_batch_size), bench.config.seq_len, None)  # fmt: skip
+    numbers = torch.arange(bench.config.effective_batch_size)
+    x, _ = train.sequences(bench.data.train, numbers, bench.config.seq_len, None)
     x = x.to(place.device)
 
     def step() -> None:
@@ -217,7 +221,8 @@ def original_method(bench: Bench, micro: int, peft: bool) -> None:
                 loss = model(input_ids=part, labels=part, use_cache=False).loss
             else:
                 new = nn.functional.embedding((part - first).clamp(min=0), rows[0]).to(place.dtype)
-                embeds = torch.where((part >= first)[..., None], new, nn.functional.embedding(part.clamp(max=first - 1), table))  # fmt: skip
+                base = nn.functional.embedding(part.clamp(max=first - 1), table)
+                embeds = torch.where((part >= first)[..., None], new, base)
                 loss = model(inputs_embeds=embeds, labels=part, use_cache=False).loss
             (loss / (len(x) // micro)).backward()
         for row in rows:
@@ -232,7 +237,7 @@ def original_method(bench: Bench, micro: int, peft: bool) -> None:
 
 
 def compare(bench: Bench, cap: float) -> None:
-    """ours and the floor in turns: recomputing all layers, then as many as the memory under the cap asks."""
+    """ours and the floor in turns: all layers recomputed, then as many as the cap asks for."""
     config, cuda = bench.config, bench.place.device.type == "cuda"
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -263,7 +268,7 @@ def compare(bench: Bench, cap: float) -> None:
     for _ in range(3):
         for name, (step, kept) in methods.items():
             run(name, step, kept)
-    # Fused pieces stay in the model, so from here on the floor is fused too and no longer the floor.
+    # Fused pieces stay in the model: from here on the floor is fused too, and the floor no longer.
     fit = train.fit_to_machine(overlay, bench.data, config, bench.place, bench.model)
     ours = OurStep(bench, overlay, fit)
     for _ in range(3):
@@ -285,7 +290,8 @@ def compare(bench: Bench, cap: float) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("methods", nargs="*", default=["ours", "peers"])
     parser.add_argument("--shape", default="14b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
@@ -304,7 +310,8 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     place = train.Place(0, 1, device, dtype, "benchmark")
     generator = torch.Generator().manual_seed(1)
-    stream = torch.randint(0, shape["base"] + shape["new"], (200 * arguments.sequences * arguments.seq_len,), generator=generator)  # fmt: skip
+    size = 200 * arguments.sequences * arguments.seq_len
+    stream = torch.randint(0, shape["base"] + shape["new"], (size,), generator=generator)
     data = train.Data(stream, stream[:0], stream[:0], "", None, "")
     bench = Bench(shape, config, place, random_model(shape, device, dtype), data, arguments.steps)
     print(json.dumps({

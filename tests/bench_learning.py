@@ -1,13 +1,13 @@
-"""What training teaches: bits per byte of held-out text at 0, 1/3, 2/3 and the end, for named recipes.
+"""What training teaches: bits per byte of held-out text at 0, 1/3, 2/3 and the end, by recipe.
 
     python tests/make_deformed_text.py kjv.txt deformed
-    python tests/bench_learning.py MODEL_FOLDER deformed                     every recipe, base model first
+    python tests/bench_learning.py MODEL_FOLDER deformed        every recipe, base model first
     python tests/bench_learning.py MODEL_FOLDER deformed --steps 600 default devlog
-    python tests/bench_learning.py MODEL_FOLDER deformed --untie default     the head copied from the table
+    python tests/bench_learning.py MODEL_FOLDER deformed --untie default    head copied from table
 
 One JSON line each. 16 x 128 tokens a step, seed 42, the body not quantized. A recipe is the keys of
-Config that it changes; recipes whose names begin with "try" are ideas that did not become options, kept
-here with the code that tried them.
+Config that it changes; recipes whose names begin with "try" are ideas that did not become options,
+kept here with the code that tried them.
 """
 
 import argparse
@@ -28,21 +28,26 @@ import train
 from extend_tokenizer import Config, base_tokenizer, extend
 
 PLAIN = {"output_rows": "shared", "learning_rate": 5e-4, "row_coupling": 0.0}
+SHARED = {"output_rows": "shared", "learning_rate": 2e-3, "row_coupling": 1.0}
 SEPARATE = {"output_rows": "separate", "learning_rate": 2e-3, "row_coupling": 0.0}
 RECIPES: dict[str, dict] = {
-    "devlog": {"token_matching": "plain", "init": "spherical", "output_rows": "frozen", "learning_rate": 5e-4, "row_coupling": 0.0},
+    "default": {},
+    "devlog": {
+        "token_matching": "plain", "init": "spherical", "output_rows": "frozen",
+        "learning_rate": 5e-4, "row_coupling": 0.0,
+    },
     "mean, shared, 5e-4": PLAIN,
     "mean, shared, 2e-3": {**PLAIN, "learning_rate": 2e-3},
     "mean, separate, 5e-4": {**SEPARATE, "learning_rate": 5e-4},
     "mean, separate, 2e-3": SEPARATE,
-    "coupled, shared": {"output_rows": "shared", "learning_rate": 2e-3},
-    "coupled, separate": {"output_rows": "separate", "learning_rate": 2e-3},
-    "coupled x 4, shared": {"output_rows": "shared", "learning_rate": 2e-3, "row_coupling": 4.0},
-    "coupled x 4, separate": {"output_rows": "separate", "learning_rate": 2e-3, "row_coupling": 4.0},
-    "coupled x 16, separate": {"output_rows": "separate", "learning_rate": 2e-3, "row_coupling": 16.0},
-    "coupled x 4, separate, 1e-3": {"output_rows": "separate", "learning_rate": 1e-3, "row_coupling": 4.0},
-    "coupled, shared, 1e-3": {"output_rows": "shared", "learning_rate": 1e-3},
-    "try coupled shared, lexicon as text": {"output_rows": "shared", "learning_rate": 2e-3, "lexicon_text": True},
+    "coupled, shared": SHARED,
+    "coupled, separate": {**SEPARATE, "row_coupling": 1.0},
+    "coupled x 4, shared": {**SHARED, "row_coupling": 4.0},
+    "coupled x 4, separate": {**SEPARATE, "row_coupling": 4.0},
+    "coupled x 16, separate": {**SEPARATE, "row_coupling": 16.0},
+    "coupled x 4, separate, 1e-3": {**SEPARATE, "learning_rate": 1e-3, "row_coupling": 4.0},
+    "coupled, shared, 1e-3": {**SHARED, "learning_rate": 1e-3},
+    "try coupled shared, lexicon as text": {**SHARED, "lexicon_text": True},
     "try length-weighted mean": {**PLAIN, "init": "length"},
     "try last heavy in, first heavy out": {**SEPARATE, "init": "ends"},
     "try norm matched": {**SEPARATE, "init": "norm"},
@@ -59,17 +64,16 @@ OWN_KEYS = ("row_clip", "row_power", "input_rate", "lexicon_text")
 OWN_INITS = ("length", "ends", "norm", "hidden", "first_bias", "mean_bias")
 
 
-def weighted_mean(table, spellings, weights):
-    rows = [(table[torch.tensor(ids, device=table.device)].float() * weights(ids).to(table.device)[:, None]).sum(0) for ids in spellings]
+def weighted_mean(table, spellings: list[list[int]], weights: list[list[float]]):
+    rows = []
+    for ids, own in zip(spellings, weights):
+        own = torch.tensor(own, dtype=torch.float32, device=table.device)
+        rows.append(own / own.sum() @ table[torch.tensor(ids, device=table.device)].float())
     return torch.stack(rows)
 
 
-def normalised(values: list[float]) -> torch.Tensor:
-    return torch.tensor(values) / sum(values)
-
-
 @torch.no_grad()
-def continuation_statistics(config: Config, model, words) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def continuation_statistics(config: Config, model, words) -> tuple[torch.Tensor, ...]:
     """From one pass of the base model over the training text, spelled: for each word the mean log
     probability of its pieces after the first (NaN where it does not occur), the mean hidden state
     before it (zero where none), and the mean hidden state over all positions."""
@@ -89,7 +93,8 @@ def continuation_statistics(config: Config, model, words) -> tuple[torch.Tensor,
         x = x[: len(x) // 512 * 512].view(-1, 512)
         if not len(x):
             break
-        hidden = model.base_model(x.to(table.device), use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = model.base_model(x.to(table.device), use_cache=False).last_hidden_state
+        hidden = hidden[:, :-1].flatten(0, 1)
         log_probs = torch.cat([
             torch.log_softmax((h @ table.T).float(), -1).gather(1, y[:, None])[:, 0]
             for h, y in zip(hidden.split(2048), x[:, 1:].flatten().to(table.device).split(2048))
@@ -110,18 +115,21 @@ def continuation_statistics(config: Config, model, words) -> tuple[torch.Tensor,
 
 def own_rows(config: Config, model, words, init: str):
     """Initialisations that were tried: (input rows, output rows)."""
-    tables = [overlay_module.dense_weight(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
-    tables = [table[: words.first_new_id] for table in tables]
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [overlay_module.dense_weight(m)[: words.first_new_id] for m in modules]
     rows = [overlay_module.subtoken_mean(table, words.spellings) for table in tables]
     pieces = base_tokenizer(config)
     if init == "length":
         size = {i: len(pieces.decode([i]).strip()) or 1 for ids in words.spellings for i in ids}
-        rows = [weighted_mean(t, words.spellings, lambda ids: normalised([size[i] for i in ids])) for t in tables]
+        weights = [[size[i] for i in ids] for ids in words.spellings]
+        rows = [weighted_mean(table, words.spellings, weights) for table in tables]
     elif init == "ends":
-        rows[0] = weighted_mean(tables[0], words.spellings, lambda ids: normalised([2.0**n for n in range(len(ids))]))
-        rows[1] = weighted_mean(tables[1], words.spellings, lambda ids: normalised([2.0**-n for n in range(len(ids))]))
+        for side, factor in enumerate((2.0, 0.5)):
+            weights = [[factor**n for n in range(len(ids))] for ids in words.spellings]
+            rows[side] = weighted_mean(tables[side], words.spellings, weights)
     elif init == "norm":
-        rows = [r * (t.float().norm(dim=1).mean() / r.norm(dim=1, keepdim=True)) for r, t in zip(rows, tables)]
+        sizes = [table.float().norm(dim=1).mean() for table in tables]
+        rows = [r * (size / r.norm(dim=1, keepdim=True)) for r, size in zip(rows, sizes)]
     elif init in ("hidden", "first_bias", "mean_bias"):
         rest, before, mean_hidden = continuation_statistics(config, model, words)
         rest = torch.where(rest.isnan(), rest[~rest.isnan()].mean(), rest).to(tables[1].device)
@@ -151,8 +159,8 @@ def own_update(recipe: dict):
         new = grad.square().mean(1) * (1 - decay)
         row[slice(None) if touched is None else touched] += new
         column.mul_(decay).add_(grad.square().sum(0) / num_rows + 1e-30, alpha=1 - decay)
-        power = recipe.get("row_power", 1.0)
-        factor = ((row if touched is None else row[touched]) / row.mean()).clamp(min=1e-12) ** (-power / 2)
+        factor = (row if touched is None else row[touched]) / row.mean()
+        factor = factor.clamp(min=1e-12) ** (-recipe.get("row_power", 1.0) / 2)
         step_rows = grad * factor[:, None] * column.rsqrt()
         rms = (step_rows.square().sum() / (num_rows * hidden_size)).sqrt().clamp(min=1.0)
         step_rows /= rms
@@ -167,16 +175,20 @@ def own_update(recipe: dict):
 
 
 def untie(model) -> None:
-    head = nn.Linear(1, 1, bias=False)
-    head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
+    head, table = nn.Linear(1, 1, bias=False), model.get_input_embeddings().weight
+    head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
     model.set_output_embeddings(head)
     model.config.tie_word_embeddings = False
 
 
-def run(name: str, recipe: dict, model, config: Config, place: train.Place, base_bits: dict) -> None:
+def say(**values) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def run(name: str, recipe: dict, model, config: Config, place: train.Place, base_bits: dict):
     began = time.perf_counter()
     init, own = recipe.get("init"), {key: recipe[key] for key in OWN_KEYS if key in recipe}
-    keys = {key: value for key, value in recipe.items() if key not in OWN_KEYS and value not in OWN_INITS}
+    keys = {k: v for k, v in recipe.items() if k not in OWN_KEYS and v not in OWN_INITS}
     config = dataclasses.replace(config, **keys)
     words = extend(config, save=False)
     data = train.load_data(config, words)
@@ -195,29 +207,38 @@ def run(name: str, recipe: dict, model, config: Config, place: train.Place, base
     fit = train.fit_to_machine(overlay, data, config, place, model)
     if "bits" not in base_bits:
         base_bits["bits"] = train.evaluate_base(overlay, data, config, place, 16)
-        print(json.dumps({"recipe": "base model, nothing trained", "bits_per_byte": round(base_bits["bits"], 4)}), flush=True)
-    marks, bits, scale, result = [0, config.max_steps // 3, 2 * config.max_steps // 3, config.max_steps], [], train.LossScale(), {}
+        say(recipe="base model, nothing trained", bits_per_byte=round(base_bits["bits"], 4))
+    marks = [0, config.max_steps // 3, 2 * config.max_steps // 3, config.max_steps]
+    bits, scale, result = [], train.LossScale(), {}
     for step in range(config.max_steps + 1):
         if step:
             batch = train.prepare_step(step, overlay, data, config, place)
             train.accumulate(batch, overlay, config, place, fit, scale)
             gradients = optimizer.gradients()
             norm = sum(torch.linalg.vector_norm(g).square() for _, g, _ in gradients).sqrt().item()
-            optimizer.update(gradients, step, train.learning_rate_at(step, config), min(1.0, config.max_grad_norm / (norm + 1e-6)), config.row_coupling)
+            rate = train.learning_rate_at(step, config)
+            grad_scale = min(1.0, config.max_grad_norm / (norm + 1e-6))
+            optimizer.update(gradients, step, rate, grad_scale, config.row_coupling)
         if step in marks:
             result = train.evaluate(overlay, data, config, place, 16)
             bits.append(round(result["val_bits_per_byte"], 4))
     train.adafactor_update = original
     overlay.uninstall()
-    print(json.dumps({
-        "recipe": name, "steps": config.max_steps, "bits_per_byte": bits, "val_loss": round(result["val_loss"], 3),
-        "new_words": round(result["val_loss_new_words"], 3), "ordinary": round(result["val_loss_ordinary"], 3),
-        "uniform_loss": round(math.log(overlay.vocab_size), 2), "seconds": round(time.perf_counter() - began, 1),
-    }), flush=True)  # fmt: skip
+    say(
+        recipe=name,
+        steps=config.max_steps,
+        bits_per_byte=bits,
+        val_loss=round(result["val_loss"], 3),
+        new_words=round(result["val_loss_new_words"], 3),
+        ordinary=round(result["val_loss_ordinary"], 3),
+        uniform_loss=round(math.log(overlay.vocab_size), 2),
+        seconds=round(time.perf_counter() - began, 1),
+    )
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("recipes", nargs="*")
@@ -226,15 +247,17 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     text = Path(arguments.text)
     config = Config(
-        model_name=arguments.model, lexicon=str(text / "lexicon.txt"), corpus=str(text / "corpus.txt"),
-        run_dir=str(text / "run"), quantization="none", max_steps=arguments.steps,
+        model_name=arguments.model, lexicon=str(text / "lexicon.txt"),
+        corpus=str(text / "corpus.txt"), run_dir=str(text / "run"), quantization="none",
+        max_steps=arguments.steps,
     )  # fmt: skip
     train.apply()
     place = train.find_place(config)
     model = train.load_model(config, place)
     if arguments.untie:
         untie(model)
-    print(json.dumps({"device": torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu", "dtype": str(place.dtype), "untied": arguments.untie, **train.versions()}), flush=True)
+    device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
+    say(device=device, dtype=str(place.dtype), untied=arguments.untie, **train.versions())
     base_bits: dict = {}
     for name in arguments.recipes or RECIPES:
         run(name, RECIPES[name], model, config, place, base_bits)

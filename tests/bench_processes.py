@@ -1,10 +1,10 @@
-"""Tokens per second of data-parallel training on the 14B shapes, with what crosses between the cards.
+"""Tokens per second of data-parallel training on the 14B shapes, and what crosses the bus.
 
     torchrun --nproc-per-node 1 tests/bench_processes.py
     torchrun --nproc-per-node 2 tests/bench_processes.py        one JSON line from rank 0
 
---sequences (32) x 128 tokens a step in all, whatever the number of processes; random NF4 weights, 44,223
-new rows, separate output rows trained: the step of tests/bench_14b.py with train.py's own reductions.
+32 x 128 tokens a step in all, whatever the number of processes; random NF4 weights, 44,223 new
+rows, separate output rows trained: the step of tests/bench_14b.py with train.py's own reductions.
 """
 
 import json
@@ -45,10 +45,12 @@ def main(argv: list[str]) -> None:
     wire = 4 * (overlay.output_grad.numel() + overlay.input_grad.numel())
     if place.rank == 0:
         print(json.dumps({
-            "gpu": torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu", "processes": place.world,
-            "micro_batch_size": fit.micro_batch_size, "layers_recomputed": fit.recomputed, "note": fit.note,
+            "gpu": torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu",
+            "processes": place.world, "micro_batch_size": fit.micro_batch_size,
+            "layers_recomputed": fit.recomputed, "note": fit.note,
             "step_seconds": round(seconds, 4), "tokens_per_second": round(bench.tokens / seconds),
-            "summed_mib_per_step": round(wire / 2**20) if place.world > 1 else 0, **train.versions(),
+            "summed_mib_per_step": round(wire / 2**20) if place.world > 1 else 0,
+            **train.versions(),
         }), flush=True)  # fmt: skip
     if place.world > 1:
         dist.destroy_process_group()

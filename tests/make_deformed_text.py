@@ -1,12 +1,13 @@
 """Make a text in which more than a third of the words are invented, from a public-domain one.
 
-    python tests/make_deformed_text.py SOURCE.txt OUT_FOLDER        writes corpus.txt and lexicon.txt
+    python tests/make_deformed_text.py SOURCE.txt OUT_FOLDER    writes corpus.txt and lexicon.txt
 
-Deterministic: a word is deformed by the SHA-256 of its place, so the same source gives the same files.
-Of the words of four letters and more, two of three are blended with another word of the text, have a
-vowel moved or a consonant doubled, or take an ending; a few deformations of a word come back, most occur
-once, as in a book of portmanteaus. lexicon.txt lists them all. Used by tests/bench_learning.py on the
-King James Bible (Debian's bible-kjv-text, see tests/make_sample_model.py).
+Deterministic: a word is deformed by the SHA-256 of its place, so the same source gives the same
+files. Of the words of four letters and more, two of three are blended with another word of the
+text, have a vowel moved or a consonant doubled, or take an ending; a few deformations of a word
+come back, most occur once, as in a book of portmanteaus. lexicon.txt lists them all. Used by
+tests/bench_learning.py on the King James Bible (Debian's bible-kjv-text, see
+tests/make_sample_model.py).
 """
 
 import hashlib
@@ -75,7 +76,8 @@ def main(source_path: str, out_folder: str) -> None:
     (out / "corpus.txt").write_text(text, encoding="utf-8")
     (out / "lexicon.txt").write_text("\n".join(lexicon) + "\n", encoding="utf-8")
     share = sum(word in known for word in words) / len(words)
-    print(f"{len(text):,} characters, {len(words):,} words, {share:.1%} invented, {len(lexicon):,} types")
+    print(f"{len(text):,} characters, {len(words):,} words, {share:.1%} invented,", end=" ")
+    print(f"{len(lexicon):,} types")
 
 
 if __name__ == "__main__":

@@ -671,6 +671,7 @@ def test_chat_template_file_and_special_tokens_map_are_kept(make, tmp_path):
     assert settings == {
         "eos_token": "<|endoftext|>", "pad_token": "<|im_start|>",
         "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
 
 

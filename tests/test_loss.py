@@ -215,15 +215,14 @@ def test_without_overflow_there_is_one_pass_and_the_scale_stays():
     assert scale == train.LossScale(16384.0, good_steps=7)
 
 
-def test_the_scale_grows_back_after_200_good_steps_and_no_further_than_its_start():
-    scale = train.LossScale(16384.0)
-    for _ in range(1000):
+@pytest.mark.parametrize("start, doublings", [(16384.0, 2), (1.0, 16)])
+def test_the_scale_grows_back_after_200_good_steps_and_no_further_than_its_start(start, doublings):
+    scale, values = train.LossScale(start), []
+    for _ in range(200 * (doublings + 3)):
         scale.step_done()
+        values.append(scale.value)
+    assert values[198::200] == [min(start * 2**n, 65536.0) for n in range(doublings + 3)]
     assert scale.value == train.FLOAT16_LOSS_SCALE == 65536.0
-    without = train.LossScale()
-    for _ in range(1000):
-        without.step_done()
-    assert without.value == 1.0
 
 
 def test_a_float16_step_counts_each_micro_batch_once_whatever_overflows():

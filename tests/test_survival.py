@@ -31,10 +31,14 @@ NOT_COMPARED = ("step_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def quick():
+    """No plots, a third of such short runs; one thread, because threads that wait for each other
+    cost more where cores are shared."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # where cores are shared, threads that wait for each other cost more
-    yield
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot_losses", lambda *_: None)
+        yield
     torch.set_num_threads(before)
 
 
@@ -202,7 +206,8 @@ def test_each_key_of_a_changed_config(settings, tmp_path):
             train.compare_configs(old, dataclasses.replace(config, **{name: value}))
         assert caught.value.problems == (
             f"{name}: the run was started with {old[name]!r}, now it is {value!r}",
-            "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
+            "put these keys back to continue, or start over with --fresh (the old run is kept"
+            " aside)",
         )
     for name, value in ALLOWED.items():
         value = tuple(value) if isinstance(value, list) else value
@@ -291,9 +296,27 @@ def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, st
     )
     if trouble == "gone":
         durable.parent.unlink()
-    run(settings, tmp_path / "run", sentry_dir=str(durable), max_steps=10)
-    assert steps(durable)[-1] == 10
-    recover.check_sentry(durable / "step_000010", {})
+    run(settings, tmp_path / "run", sentry_dir=str(durable))  # nothing to train, one save to copy
+    assert last_save(tmp_path / "drive", "saves") == straight
+
+
+@pytest.mark.parametrize("spoiled", ["nothing", "rows", "words"])
+def test_a_start_mends_the_durable_copy_of_what_it_continues_from(settings, tmp_path, spoiled):
+    """A copy that is whole stays as it is; a damaged one, or one of other words, is made again."""
+    durable = tmp_path / "drive"
+    run(settings, tmp_path / "run", sentry_dir=str(durable))
+    save, local = durable / "step_000008", tmp_path / "run" / "snapshots" / "step_000008"
+    if spoiled == "rows":
+        (save / "rows.safetensors").write_bytes(b"")
+    elif spoiled == "words":
+        state = json.loads((save / "state.json").read_text(encoding="utf-8"))
+        (save / "state.json").write_text(json.dumps(state | {"words_sha256": "0"}))
+    before = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns
+    run(settings, tmp_path / "run", sentry_dir=str(durable))
+    after = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns
+    assert (before == after) == (spoiled == "nothing")
+    for path in local.iterdir():
+        assert (save / path.name).read_bytes() == path.read_bytes()
 
 
 def test_copying_resumes_within_the_run(settings, tmp_path, monkeypatch, capsys, straight):
@@ -353,7 +376,7 @@ def test_not_finite_stops_before_the_update(settings, tmp_path, monkeypatch, str
 def test_a_stop_signal_at_any_moment_leaves_a_sentry(
     settings, tmp_path, monkeypatch, straight, moment
 ):
-    """After the step's gradients are there, too late for the step to end the run, the next one does."""
+    """Too late for its own step, whose gradients are there, it ends the run after the next."""
     owner = {"evaluate": train.Run, "update": train.Optimizer}[moment]
     real, calls = getattr(owner, moment), []
 
