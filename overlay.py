@@ -50,6 +50,17 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def add_rows_(target: Tensor, place: Tensor, rows: Tensor) -> None:
+    """target[place[i]] += rows[i] for every i, to the same bits each time.
+
+    On a GPU index_add_ adds in any order, and so does index_put_ with several CPU threads.
+    """
+    if target.is_cuda:
+        target.index_put_((place,), rows, accumulate=True)
+    else:
+        target.index_add_(0, place, rows)
+
+
 def subtoken_mean(table: Tensor, spellings: list[list[int]]) -> Tensor:
     """Mean of the rows of the tokens that spelled each word; one token gives an exact copy.
 
@@ -66,9 +77,7 @@ def subtoken_mean(table: Tensor, spellings: list[list[int]]) -> Tensor:
         pieces = table[torch.tensor([i for ids in block for i in ids], device=table.device)].float()
         word = torch.repeat_interleave(torch.arange(len(block), device=table.device), lengths)
         sums = torch.zeros(len(block), table.shape[1], device=table.device)
-        sums.index_put_(
-            (word,), pieces, accumulate=True
-        )  # deterministic on the GPU; index_add_ is not
+        add_rows_(sums, word, pieces)
         rows[start : start + len(block)] = sums / lengths[:, None]
     return rows
 
@@ -389,9 +398,7 @@ class WakeOverlay(nn.Module):
         is_new = input_ids >= self.first_new_id
         place = torch.searchsorted(self.touched, input_ids[is_new] - self.first_new_id)
         rows = grad[is_new].float() * self.embed_scale()
-        self.input_grad.index_put_(
-            (place,), rows, accumulate=True
-        )  # index_add_ is not deterministic
+        add_rows_(self.input_grad, place, rows)
 
     def install(self) -> None:
         """Put the overlay into the model, and prove on a probe that it computes what that does."""

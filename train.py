@@ -232,20 +232,30 @@ def find_place(config: Config) -> Place:
         if config.max_gpu_gib:
             share = config.max_gpu_gib * GIB / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    # Said outright, this switches off MKL's own choice of threads, which may follow the load:
+    # another split of a sum is another last bit, and continued runs must have the same ones.
+    torch.set_num_threads(torch.get_num_threads())
     if config.compute_dtype != "auto":
         dtype, why = getattr(torch, config.compute_dtype), "compute_dtype in the config"
     if world > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=10)
+        join_processes(rank, world, "nccl" if use_cuda else "gloo")
+    return Place(rank, world, device, dtype, why)
+
+
+def join_processes(rank: int, world: int, backend: str) -> None:
+    """Meet the others where torchrun says. Raises: ConfigError where one of them does not come."""
+    timeout = datetime.timedelta(minutes=10)
+    try:
         store = next(dist.rendezvous("env://", timeout=timeout))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             # torchrun 2.13 restarts one node's processes on the old store, where the dead ones'
             # addresses still stand; several nodes get a new store
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
-        )
-    return Place(rank, world, device, dtype, why)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"process {rank} ends: the others cannot be reached: {reason}") from error
 
 
 def add_up(place: Place, *tensors: Tensor) -> None:

@@ -301,8 +301,8 @@ def test_an_imported_run_goes_on_at_its_step_with_new_statistics(mode, tmp_path,
     assert [r["learning_rate"] for r in records[1:5]] == pytest.approx([0.02 * r for r in rates])
     sentries = recover.sentry_folders(Path(config.run_dir, "sentries"))
     states = [json.loads((path / "state.json").read_text("utf-8")) for _, path in sentries]
-    kept = [(state["step"], state["optimizer_step"]) for state in states]
-    assert sorted(kept) == [(5, 1), (6, 2), (7, 3), (8, 4)]
+    assert states[0]["step"] == 8  # which older ones are there depends on how fast copying is
+    assert all(state["optimizer_step"] == state["step"] - 4 for state in states)
 
 
 @pytest.mark.parametrize("mode", CASES)

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import extend_tokenizer
 from extend_tokenizer import (
     Config, ConfigError, any_of, base_tokenizer, extend, format_report, line_ranges, main,
-    new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon,
+    load_config, new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -726,10 +726,16 @@ def config_file(config: Config) -> Path:
     return path
 
 
-def test_main_prints_and_returns(make, capsys):
+def test_main_prints_and_returns_and_leaves_the_resolved_config(make, capsys):
+    """config.yaml is what recover.py reads, and itself a config of the same run."""
     config = make()
-    new = main(str(config_file(config)), "token_matching=bare")
+    new = main(str(config_file(config)), "token_matching=bare", "prompts=[the wat, é a]")
     assert new.matching == "bare"
+    resolved = Path(config.run_dir, "config.yaml")
+    given = load_config(config_file(config), "token_matching=bare", "prompts=[the wat, é a]")
+    assert load_config(resolved) == given
+    keys = [line.partition(":")[0] for line in resolved.read_text("utf-8").splitlines()]
+    assert set(keys) >= {field.name for field in dataclasses.fields(Config)}
     assert capsys.readouterr().out == (
         f"{config.model_name} -> {config.run_dir}/tokenizer\n{format_report(new.report)}\n"
     )

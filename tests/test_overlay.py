@@ -434,3 +434,21 @@ def test_an_8_bit_head_is_refused():
         "Linear8bitLt holds torch.int8 weights; the overlay reads float or NF4 tables: load the"
         " model with quantization nf4 or none"
     )
+
+
+def test_rows_are_added_to_the_same_bits_by_several_threads():
+    """index_put_(accumulate=True) adds atomically, in any order, where there are threads."""
+    torch.manual_seed(0)
+    place, rows = torch.randint(0, 40, (2048,)), torch.randn(2048, 512)
+    truth = torch.zeros(40, 512, dtype=torch.float64).index_add_(0, place, rows.double())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sums = []
+        for _ in range(30):
+            sums.append(torch.zeros(40, 512))
+            overlay_module.add_rows_(sums[-1], place, rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, sums[0]) for one in sums)
+    assert torch.allclose(sums[0].double(), truth, atol=1e-4)
