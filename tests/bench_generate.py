@@ -6,7 +6,7 @@
 One JSON line. Both continue the same prompt greedily, one sequence with a cache, taking turns; the
 ratio is the median over the turns of the overlay's speed to the base model's in the same turn. New
 rows of random numbers, input and output side of their own; speed does not depend on values. The
-sample's model, 2 ms a token: 0.94; in NF4 0.97 (a shared CPU, one thread, --turns 41, 2026-11-22).
+sample's model on 2 CPU cores: 0.90 (3.5 ms a token); in NF4 0.95 (7.6 ms), 2026-11-22.
 """
 
 import argparse
