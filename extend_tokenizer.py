@@ -302,13 +302,18 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     return config
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once, so that a kill leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def write_config(config: Config) -> None:
     """RUN_DIR/config.yaml: every key as resolved; load_config reads it back to the same Config."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
-    path = Path(config.run_dir, "config.yaml")
-    part = path.with_name("config.yaml.part")
-    part.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    part.replace(path)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_text(Path(config.run_dir, "config.yaml"), text)
 
 
 def config_table() -> list[tuple[str, str, str]]:

@@ -53,7 +53,8 @@ def dense_weight(module: nn.Module) -> Tensor:
 def add_rows_(target: Tensor, place: Tensor, rows: Tensor) -> None:
     """target[place[i]] += rows[i] for every i, to the same bits each time.
 
-    On a GPU index_add_ adds in any order, and so does index_put_ with several CPU threads.
+    On a GPU index_add_ adds in any order and index_put_ sorts first; on a CPU index_add_ goes
+    through the rows one after another.
     """
     if target.is_cuda:
         target.index_put_((place,), rows, accumulate=True)

@@ -40,7 +40,7 @@ if "Config" not in globals():
     from extend_tokenizer import (
         Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, divisors,
         extend, format_report, load_config, new_words_hash, plan_new_words, read_corpus,
-        read_lexicon, run_command, write_config,
+        read_lexicon, run_command, write_config, write_text,
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
@@ -871,13 +871,6 @@ def sample(model, config: Config, words: NewWords) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 # Records
 # ------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once, so that a kill leaves the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def loss_table(records: list[dict]) -> str:

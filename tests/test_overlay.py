@@ -437,7 +437,7 @@ def test_an_8_bit_head_is_refused():
 
 
 def test_rows_are_added_to_the_same_bits_by_several_threads():
-    """index_put_(accumulate=True) adds atomically, in any order, where there are threads."""
+    """Thirty sums by two threads are the same bits, and the float64 sum to rounding."""
     torch.manual_seed(0)
     place, rows = torch.randint(0, 40, (2048,)), torch.randn(2048, 512)
     truth = torch.zeros(40, 512, dtype=torch.float64).index_add_(0, place, rows.double())

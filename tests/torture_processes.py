@@ -22,26 +22,13 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))
-
-import bitsandbytes  # noqa: F401  imported once, here, for all forks
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure  # noqa: F401
+# the settings, and the modules imported once for all forks, are the other torture's
+from torture import LAST, NOT_COMPARED, SETTINGS
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
 
 import train
 from extend_tokenizer import run_command
 
-LAST, EVERY = 40, 4
-SETTINGS = (
-    "seq_len=32", "effective_batch_size=8", "val_fraction=0.01", f"max_steps={LAST}",
-    "eval_every=20", f"save_every={EVERY}", f"snapshot_every={EVERY}", "log_every=1",
-)  # fmt: skip
-NOT_COMPARED = ("step_seconds", "tokens_per_second")
 DEAD = "process {} ends: another process of this run died or cannot be reached; start the same"
 
 
