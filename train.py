@@ -80,11 +80,12 @@ def parse_arguments(argv: list[str]):
 def memory_plan(
     shape: dict, num_new: int, config: Config, micro_batch_size: int
 ) -> dict[str, float]:
-    """GiB that training takes on a card, by part; 'total' is the peak the allocator will report.
+    """GiB that training takes on a card, by part; 'total' is the peak the allocator will report,
+    'host memory' what it takes beside the card: layer inputs, save buffers, an untied input table.
 
     shape: the model's config.json. Activations are those of a decoder layer with gated MLP, every
     layer recomputed unless gradient_checkpointing is false. On Qwen2.5-14B's shapes at 16 x 128
-    this says 11.96 GiB; measured: 12.17 (README, "Speed and memory").
+    this says 11.06 GiB, at 8 x 512 11.30; measured: 11.23, 11.66 (README, "Speed and memory").
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
@@ -94,29 +95,29 @@ def memory_plan(
     # NF4: 4 bits, one byte of scale for 64 weights, and 4 bytes for 256 of those scales.
     body = linear * (0.5 + 1 / 64 + 4 / 64 / 256 if config.quantization == "nf4" else 2)
     tokens = micro_batch_size * config.seq_len
-    separate = config.output_rows in ("separate", "frozen") or (
-        config.output_rows == "auto" and not shape.get("tie_word_embeddings")
-    )
+    untied = not shape.get("tie_word_embeddings")
+    separate = untied if config.output_rows == "auto" else config.output_rows != "shared"
     row_set, base_columns = 4 * num_new * hidden, shape["vocab_size"]
     step_tokens = config.effective_batch_size * config.seq_len
     loss = (
         min(tokens, 2048) * num_new * 4 + min(tokens, 256) * base_columns * 6 + tokens * hidden * 10
     )
     layer = tokens * 2 * (4.5 * inner + 1.2 * hidden + 4 * kv_dim) + 4 * hidden * inner
-    kept = layers if config.gradient_checkpointing == "false" else 0
+    kept, inputs = layers * (config.gradient_checkpointing == "false"), tokens * hidden * 2
     plan = {
         "body": body,
         "base head rows": 2 * base_columns * hidden,
         "new rows": row_set * (2 if separate else 1),
         "gradients": row_set * (config.output_rows != "frozen")
         + 4 * min(step_tokens, num_new) * hidden,
-        "activations": layers * tokens * hidden * 2
-        + kept * kept_layer_bytes(shape, tokens, config),
+        # recomputed layers' inputs wait on the host, but for two on their way
+        "activations": (kept or 2) * inputs + kept * kept_layer_bytes(shape, tokens, config),
         "loss chunk or one layer": max(loss, layer),
     }
-    plan = {name: size / GIB for name, size in plan.items()}
     plan["total"] = sum(plan.values())
-    return plan
+    table = 2 * base_columns * hidden * untied
+    plan["host memory"] = (layers - kept) * inputs + plan["new rows"] + table
+    return {name: size / GIB for name, size in plan.items()}
 
 
 def kept_layer_bytes(shape: dict, tokens: int, config: Config) -> float:
@@ -138,10 +139,11 @@ def dry_run(config: Config) -> None:
         sizes = divisors(config.effective_batch_size)
     plans = {size: memory_plan(shape, num_new, config, size) for size in sizes}
     micro = max((size for size in sizes if plans[size]["total"] <= cap), default=min(sizes))
+    margin = cap - plans[micro]["total"]
     for name, gib in plans[micro].items():
         print(f"{name:26} {gib:8.2f} GiB")
-    margin = cap - plans[micro]["total"]
-    print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
+        if name == "total":
+            print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
     print(
         f"micro_batch_size {micro} x {config.effective_batch_size // micro},"
         f" seq_len {config.seq_len}"
@@ -378,12 +380,35 @@ def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: 
 # ------------------------------------------------------------------------------------------------
 
 
+def placement(config: Config, place: Place) -> dict[str, str]:
+    """device_map: all on the device, but beside a GPU an untied input table, which is only looked
+    up and would take 1.45 GiB of the 14B's card. Checkpoints stored in 4 bits come whole."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device, trust = str(place.device), {"trust_remote_code": config.trust_remote_code}
+    shape = AutoConfig.from_pretrained(config.model_name, revision=config.model_revision, **trust)
+    tied = shape.get_text_config().tie_word_embeddings
+    if place.device.type == "cpu" or tied or getattr(shape, "quantization_config", None):
+        return {"": device}
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(shape, **trust)
+    table, device_map, prefix = module.get_input_embeddings(), {}, ""
+    while module is not table:  # all that stands beside the way down to it; "" would cover it too
+        children = dict(module.named_children())
+        way = next(name for name, child in children.items() if table in child.modules())
+        device_map |= {prefix + name: device for name in children if name != way}
+        module, prefix = children[way], f"{prefix}{way}."
+    return device_map | {prefix[:-1]: "cpu"}
+
+
 def load_model(config: Config, place: Place):
     """The base model, frozen, its linear layers in NF4 (lm_head stays in compute dtype).
 
-    Memory: Qwen2.5-14B: see README, "Speed and memory"; weights go shard by shard to the device.
+    Memory: weights go shard by shard to the device, and a 4-bit one is never whole there in 16 bits
+    but for the one tensor being quantized (tests/measure_load.py; README, "Speed and memory").
     Raises: ConfigError with the library's reason in one line.
     """
+    from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -391,25 +416,29 @@ def load_model(config: Config, place: Place):
         "revision": config.model_revision,
         "trust_remote_code": config.trust_remote_code,
         "dtype": place.dtype,  # defaults differ between transformers 4 and 5
-        "device_map": {"": str(place.device)},
     }
-    if config.quantization == "nf4":
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=place.dtype,
-        )
     if not sys.stderr.isatty():
         disable_progress_bar()
-    # On a CPU it tells to install a package for a faster product; nothing is wrong without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # One advises a package for faster products on CPUs, the other tells what is asked for below.
+    for name in ("bitsandbytes.backends.cpu.ops", "accelerate.big_modeling"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        settings["device_map"] = placement(config, place)
+        if config.quantization == "nf4":
+            settings["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=place.dtype,
+                # without it no module may stay on the CPU; with it none that is there is quantized
+                llm_int8_enable_fp32_cpu_offload=len(settings["device_map"]) > 1,
+            )
         model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model_name: {config.model_name}: {' '.join(str(error).split())}"
         ) from error
+    remove_hook_from_submodules(model)  # they would carry the input table to the card at each use
     model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
     keep_cpu_weights_plain(model)
     return model.eval()
@@ -435,6 +464,48 @@ def first_rows(config: Config, model, words: NewWords) -> tuple[Tensor, Tensor |
     return rows[0], rows[1] if len(rows) == 2 else None, mode != "frozen"
 
 
+class HostInputs:
+    """The inputs of recomputed layers, in host memory between forward and backward.
+
+    On the card they take 20 MiB a layer of the 14B at 16 x 128, 0.9 GiB in all. One side stream
+    carries them both ways in order, each layer's under the computation of the one before it.
+    Memory: layers x B x T x H of the compute dtype on the host, pinned beside a GPU
+    Source: the idea is Unsloth's, "offloaded gradient checkpointing"
+    """
+
+    def __init__(self, num_layers: int, device: torch.device):
+        self.num_layers, self.buffer = num_layers, torch.empty(0)
+        self.backend = torch.get_device_module(device)  # torch.cpu has streams that do nothing
+        self.side, self.arriving = self.backend.Stream(), {}
+
+    def put(self, number: int, hidden_states: Tensor) -> "torch.cuda.Event":
+        """Start one layer's input on its way; it must stay alive until the event returned."""
+        if self.buffer.shape[1:] != hidden_states.shape:
+            shape, pinned = (self.num_layers, *hidden_states.shape), hidden_states.is_cuda
+            self.buffer = torch.empty(shape, dtype=hidden_states.dtype, pin_memory=pinned)
+        if number == 0:
+            self.arriving.clear()  # what a backward pass cut short has left
+        return self.copy(self.buffer[number], hidden_states.detach())
+
+    def copy(self, target: Tensor, source: Tensor) -> "torch.cuda.Event":
+        self.side.wait_stream(self.backend.current_stream())
+        with self.backend.stream(self.side):
+            target.copy_(source, non_blocking=True)
+            return self.side.record_event()
+
+    def fetch(self, number: int, device: torch.device) -> tuple[Tensor, "torch.cuda.Event"]:
+        hidden_states = torch.empty_like(self.buffer[number], device=device)
+        return hidden_states, self.copy(hidden_states, self.buffer[number])
+
+    def take(self, number: int, device: torch.device) -> Tensor:
+        """The layer's input back on the device, (B, T, H); the one before it starts to come."""
+        hidden_states, event = self.arriving.pop(number, None) or self.fetch(number, device)
+        if number > 0:
+            self.arriving[number - 1] = self.fetch(number - 1, device)
+        self.backend.current_stream().wait_event(event)
+        return hidden_states.requires_grad_()
+
+
 def recompute_layers(model, num_layers: int) -> None:
     """Have the first num_layers decoder layers recompute their activations in backward.
 
@@ -442,20 +513,36 @@ def recompute_layers(model, num_layers: int) -> None:
     library's switch is for all layers, is reentrant by default in transformers 4 and not in 5, and
     asks for train mode.
     """
-    for number, layer in enumerate(model.base_model.layers):
+    layers = model.base_model.layers
+    inputs = HostInputs(num_layers, next(layers.parameters()).device)
+    for number, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)  # back to the class's own
         if number < num_layers:
-            layer.forward = recomputing(layer.forward)
+            layer.forward = recomputing(layer.forward, number, inputs)
 
 
-def recomputing(forward):
-    def call(*arguments, **keywords):
+def recomputing(forward, number: int, inputs: HostInputs):
+    """forward, but nothing it saves stays until backward, and its input waits on the host."""
+
+    def call(hidden_states: Tensor, *arguments, **keywords):
         if not torch.is_grad_enabled():
-            return forward(*arguments, **keywords)
-        return checkpoint(
-            forward, *arguments, use_reentrant=False, preserve_rng_state=False,
+            return forward(hidden_states, *arguments, **keywords)
+        device, sent, given = (
+            hidden_states.device,
+            inputs.put(number, hidden_states),
+            [hidden_states],
+        )
+
+        def run(*arguments, **keywords):
+            source = given.pop() if given else inputs.take(number, device)
+            return forward(source, *arguments, **keywords)
+
+        outputs = checkpoint(
+            run, *arguments, use_reentrant=False, preserve_rng_state=False,
             determinism_check="none", **keywords,
         )  # fmt: skip
+        inputs.backend.current_stream().wait_event(sent)
+        return outputs
 
     return call
 
@@ -592,6 +679,8 @@ class GraphedPass:
     def __init__(self, overlay: WakeOverlay, shape: tuple[int, int], scale: float):
         device, hidden_size = overlay.base_rows.device, overlay.base_rows.shape[1]
         self.overlay, self.scale = overlay, scale
+        # The graphs write into the host buffers of these wrappers (HostInputs): keep them.
+        self.forwards = [layer.forward for layer in overlay.body.layers]
         self.inputs_embeds = torch.zeros(*shape, hidden_size, device=device, dtype=overlay.dtype)
         self.inputs_embeds.requires_grad_()
         self.labels = torch.zeros(shape, device=device, dtype=torch.int64)
@@ -1570,15 +1659,19 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         try:
             loss_sum = accumulate(batch, overlay, config, place, fit, run.loss_scale)
         except torch.OutOfMemoryError:
-            if fit.micro_batch_size == 1:
-                raise
+            size = fit.micro_batch_size
             if place.world > 1:  # repeated here alone, the sums with the others would not match
                 raise ConfigError(
                     f"step {step}: process {place.rank} is out of GPU memory with micro_batch_size"
-                    f" {fit.micro_batch_size}; set a smaller one"
+                    f" {size}; set a smaller one"
                 ) from None
-            size, fit.graph, fit.recomputed = fit.micro_batch_size, None, num_layers
-            fit.micro_batch_size = max(n for n in range(1, size) if len(batch.x) % n == 0)
+            if size == 1 and fit.recomputed == num_layers and not fit.graph:
+                raise ConfigError(
+                    f"step {step}: out of GPU memory with micro_batch_size 1 and all layers"
+                    " recomputed; the last sentry is good: lower seq_len, or free the GPU"
+                ) from None
+            fit.micro_batch_size = max(n for n in (1, *range(1, size)) if len(batch.x) % n == 0)
+            fit.graph, fit.recomputed = None, num_layers
             recompute_layers(run.model, num_layers)
             torch.cuda.empty_cache()
             progress.say(

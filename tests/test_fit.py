@@ -1,0 +1,104 @@
+"""Proves how a run fits itself to the machine: where the model goes, and running out of GPU memory.
+
+python -m pytest tests/test_fit.py        (CPU; what only a GPU shows is in tests/test_cuda.py)
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model, write_words
+
+import train
+from extend_tokenizer import Config, ConfigError
+
+CARD = train.Place(0, 1, torch.device("cuda", 0), torch.bfloat16, "")
+
+
+def settings(folder: Path, family: str = "qwen2_untied", **changes) -> Config:
+    values = {
+        "model_name": str(save_model(family, folder / "model")), **write_words(folder),
+        "run_dir": str(folder / "run"), "quantization": "none", "device": "cpu", "seq_len": 16,
+        "effective_batch_size": 4, "micro_batch_size": 4, "max_steps": 6, "learning_rate": 0.01,
+        "log_every": 1, "eval_every": 6, "save_every": 6, "snapshot_every": 6,
+    }  # fmt: skip
+    return Config(**{**values, **changes})
+
+
+def losses(config: Config) -> list[float]:
+    lines = Path(config.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "phi3"])
+def test_an_untied_input_table_stays_off_the_card(tmp_path, family):
+    device_map = train.placement(settings(tmp_path, family), CARD)
+    assert device_map.pop("model.embed_tokens") == "cpu"
+    assert device_map == dict.fromkeys(
+        ["lm_head", "model.layers", "model.norm", "model.rotary_emb"], "cuda:0"
+    )
+
+
+def test_a_tied_table_and_a_cpu_need_no_such_map(tmp_path):
+    config = settings(tmp_path, "qwen2_tied")
+    assert train.placement(config, CARD) == {"": "cuda:0"}
+    cpu = train.Place(0, 1, torch.device("cpu"), torch.float32, "")
+    assert train.placement(settings(tmp_path), cpu) == {"": "cpu"}
+
+
+def test_a_checkpoint_stored_in_four_bits_goes_to_the_card_whole(tmp_path):
+    """The library refuses a module on the CPU unless the checkpoint's own settings allow it."""
+    config = settings(tmp_path)
+    path = Path(config.model_name) / "config.json"
+    shape = json.loads(path.read_text(encoding="utf-8"))
+    shape["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(shape), encoding="utf-8")
+    assert train.placement(config, CARD) == {"": "cuda:0"}
+
+
+def out_of_memory_at(monkeypatch, failing: set[int], micro_batch_size: int) -> None:
+    """Steps of these numbers run out of memory after a micro-batch, where micro-batches are larger
+    than micro_batch_size."""
+    plain, real, seen = train.forward_backward, train.accumulate, []
+
+    def accumulate(batch, overlay, config, place, fit, loss_scale):
+        if not seen or seen[-1] is not batch:
+            seen.append(batch)
+
+        def one_micro_batch(overlay, x, *rest):
+            result = plain(overlay, x, *rest)
+            if len(seen) in failing and len(x) > micro_batch_size:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+        monkeypatch.setattr(train, "forward_backward", one_micro_batch)
+        return real(batch, overlay, config, place, fit, loss_scale)
+
+    monkeypatch.setattr(train, "accumulate", accumulate)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(tmp_path, monkeypatch, capsys):
+    wanted = settings(tmp_path, micro_batch_size=1, run_dir=str(tmp_path / "undisturbed"))
+    train.train(wanted)
+    config = settings(tmp_path)
+    out_of_memory_at(monkeypatch, {3}, 1)
+    assert train.train(config)["step"] == 6
+    lines = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
+    assert lines == [
+        f"step 3: out of GPU memory; the step is repeated with micro_batch_size {size} and all"
+        " layers recomputed"
+        for size in (2, 1)
+    ]
+    assert losses(config) == pytest.approx(losses(wanted), rel=1e-5)
+
+
+def test_out_of_memory_with_single_sequences_ends_the_run(tmp_path, monkeypatch, capsys):
+    out_of_memory_at(monkeypatch, {2}, 0)
+    with pytest.raises(ConfigError) as error:
+        train.train(settings(tmp_path, micro_batch_size=1))
+    assert str(error.value) == (
+        "step 2: out of GPU memory with micro_batch_size 1 and all layers recomputed; the last"
+        " sentry is good: lower seq_len, or free the GPU"
+    )
+    assert capsys.readouterr().out.count("repeated with micro_batch_size 1 and all layers") == 1
