@@ -10,40 +10,37 @@ of a run; train.py takes them from here.
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import re
 import shutil
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
 from os.path import commonprefix
 from pathlib import Path
+from textwrap import shorten
 
 import yaml
 from tokenizers import AddedToken, Tokenizer
 
-# ------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
-# What people type for our keys because another tool calls it so; anything else goes to difflib.
+# What people type for our keys because another tool calls it so; difflib finds the closer ones.
 ALIASES = {
-    "lr": "learning_rate", "model": "model_name", "revision": "model_revision",
-    "dtype": "compute_dtype", "load_in_4bit": "quantization",
-    "words": "lexicon", "vocab": "lexicon", "text": "corpus",
-    "data": "corpus", "dataset": "corpus", "train_file": "corpus",
-    "block_size": "seq_len", "max_length": "seq_len", "max_seq_len": "seq_len",
+    "lr": "learning_rate", "dtype": "compute_dtype", "load_in_4bit": "quantization",
+    "words": "lexicon", "vocab": "lexicon", "text": "corpus", "data": "corpus", "dataset": "corpus",
+    "train_file": "corpus", "block_size": "seq_len", "max_length": "seq_len",
     "batch_size": "effective_batch_size", "grad_accum": "effective_batch_size",
     "gradient_accumulation_steps": "effective_batch_size",
-    "per_device_train_batch_size": "micro_batch_size", "steps": "max_steps",
-    "num_steps": "max_steps", "warmup": "warmup_ratio", "warmup_steps": "warmup_ratio",
-    "grad_clip": "max_grad_norm", "clip_grad": "max_grad_norm", "logging_steps": "log_every",
-    "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_sentries",
-    "output_dir": "run_dir", "out_dir": "run_dir", "drive_dir": "sentry_dir",
-    "matching": "token_matching", "activation_checkpointing": "gradient_checkpointing",
+    "per_device_train_batch_size": "micro_batch_size", "grad_clip": "max_grad_norm",
+    "clip_grad": "max_grad_norm", "logging_steps": "log_every", "eval_steps": "eval_every",
+    "save_steps": "save_every", "save_total_limit": "keep_sentries", "output_dir": "run_dir",
+    "drive_dir": "sentry_dir",
 }  # fmt: skip
 
 
@@ -67,70 +64,46 @@ class Config:
     Raises: ConfigError naming every missing, mistyped or impossible value at once.
     """
 
+    # fmt: off
     model_name: str = key("", "hub id or local folder of the base model", required=True)
     model_revision: str | None = key(None, "branch, tag or commit on the hub")
     trust_remote_code: bool = key(False, "run code that the model's folder brings along")
-    quantization: str = key(
-        "nf4", "body in 4-bit NF4 with double quantization, or as stored", choices=("nf4", "none")
-    )
-    compute_dtype: str = key(
-        "auto",
-        "auto: bfloat16 from compute capability 8.0, float16 with loss scaling below, float32 on a"
-        " CPU",
-        choices=("auto", "bfloat16", "float16", "float32"),
-    )
+    quantization: str = key("nf4", "body in 4-bit NF4 with double quantization, or as stored",
+                            choices=("nf4", "none"))
+    compute_dtype: str = key("auto", "auto: bfloat16 from compute capability 8.0, float16 with loss"
+                             " scaling below, float32 on a CPU",
+                             choices=("auto", "bfloat16", "float16", "float32"))
     device: str = key("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
-    lexicon: str = key(
-        "", "text file, one word a line; or from_corpus: rare words of the corpus", required=True
-    )
+    lexicon: str = key("", "text file, one word a line; or from_corpus: rare words of the corpus",
+                       required=True)
     lexicon_min_count: int = key(2, "from_corpus: take words seen at least so many times", low=1)
-    lexicon_min_base_tokens: int = key(
-        3, "from_corpus: take words that the base spells in at least so many tokens", low=2
-    )
+    lexicon_min_base_tokens: int = key(3, "from_corpus: take words that the base spells in at least"
+                                       " so many tokens", low=2)
     corpus: tuple[str, ...] = key((), "UTF-8 text file, or a list of them", required=True)
-    token_matching: str = key(
-        "spaced",
-        "how a new token matches: with its leading space, as a whole word, or anywhere",
-        choices=("spaced", "bare", "plain"),
-    )
-    init: str = key(
-        "subtoken_mean",
-        "new rows start as the mean of the word's sub-token rows, or as random directions",
-        choices=("subtoken_mean", "spherical"),
-    )
-    init_radius: float = key(
-        1.5, "spherical: row norm = init_radius x base std x sqrt(hidden_size)", above=0.0
-    )
-    output_rows: str = key(
-        "auto",
-        "auto: shared with the input rows where the model ties its head, else separate",
-        choices=("auto", "shared", "separate", "frozen"),
-    )
+    token_matching: str = key("spaced", "how a new token matches: with its leading space, as a"
+                              " whole word, or anywhere", choices=("spaced", "bare", "plain"))
+    init: str = key("subtoken_mean", "new rows start as the mean of the word's sub-token rows, or"
+                    " as random directions", choices=("subtoken_mean", "spherical"))
+    init_radius: float = key(1.5, "spherical: row norm = init_radius x base std x"
+                             " sqrt(hidden_size)", above=0.0)
+    output_rows: str = key("auto", "auto: shared with the input rows where the model ties its head,"
+                           " else separate", choices=("auto", "shared", "separate", "frozen"))
     seq_len: int = key(128, "tokens a sequence", low=2)
     effective_batch_size: int = key(16, "sequences an optimizer step", low=1)
-    micro_batch_size: int | str = key(
-        "auto", "sequences a forward pass; auto: the largest that fits and divides", low=1
-    )
+    micro_batch_size: int | str = key("auto", "sequences a forward pass; auto: the largest that"
+                                      " fits and divides", low=1)
     max_steps: int = key(3000, "optimizer steps", low=1)
-    learning_rate: float = key(
-        5.0e-4, "peak; a function of the step: warm-up, cosine to 0", above=0.0
-    )
+    learning_rate: float = key(5.0e-4, "peak; a function of the step: warm-up, cosine to 0",
+                               above=0.0)
     warmup_ratio: float = key(0.05, "share of max_steps that warms up", low=0.0, high=1.0)
-    row_coupling: float = key(
-        4.0, "how far every new row also follows the gradient all of them share; 0: not", low=0.0
-    )
+    row_coupling: float = key(4.0, "how far every new row also follows the gradient all of them"
+                              " share; 0: not", low=0.0)
     max_grad_norm: float = key(1.0, "gradient norm over all new rows is clipped to this", above=0.0)
-    gradient_checkpointing: str = key(
-        "auto",
-        "recompute layers in backward: auto: as few as memory allows; true: all; false: none",
-        choices=("auto", "true", "false"),
-    )
-    compile: str = key(
-        "auto",
-        "auto: on a GPU fuse elementwise work, and replay a step as CUDA graphs from capability"
-        " 8.0",
-        choices=("auto", "false"),
-    )
+    gradient_checkpointing: str = key("auto", "recompute layers in backward: auto: as few as memory"
+                                      " allows; true: all; false: none",
+                                      choices=("auto", "true", "false"))
+    compile: str = key("auto", "auto: on a GPU fuse elementwise work, and replay a step as CUDA"
+                       " graphs from capability 8.0", choices=("auto", "false"))
     log_every: int = key(10, "steps between lines", low=1)
     eval_every: int = key(50, "steps between evaluations", low=1)
     save_every: int = key(20, "steps between sentries", low=1)
@@ -140,11 +113,11 @@ class Config:
     seed: int = key(42, "data order, random rows, samples", low=0)
     run_dir: str = key("", "local run folder", required=True)
     sentry_dir: str | None = key(None, "durable folder, a mounted Drive; null: RUN_DIR/sentries")
-    max_gpu_gib: float | None = key(
-        None, "cap on what the program may take of the GPU, GiB", above=0.0
-    )
+    max_gpu_gib: float | None = key(None, "cap on what the program may take of the GPU, GiB",
+                                    above=0.0)
     prompts: tuple[str, ...] = key((), "texts continued at each evaluation")
     tensorboard: bool = key(False, "write RUN_DIR/tensorboard where the package is installed")
+    # fmt: on
 
     def __post_init__(self):
         problems = []
@@ -155,17 +128,33 @@ class Config:
                 problems += error.problems
         micro, effective = self.micro_batch_size, self.effective_batch_size
         if not problems and micro != "auto" and effective % micro:
-            problems.append(
-                f"'micro_batch_size' is {micro}, which does not divide effective_batch_size"
-                f" {effective}; use one of {', '.join(map(str, divisors(effective)))}, or auto"
-            )
+            use = ", ".join(map(str, divisors(effective)))
+            wrong = f"'micro_batch_size' is {micro}, which does not divide effective_batch_size"
+            problems.append(f"{wrong} {effective}; use one of {use}, or auto")
         if problems:
             raise ConfigError(*problems)
+
+
+KEYS = [field.name for field in dataclasses.fields(Config)]
 
 
 def divisors(number: int) -> list[int]:
     """6 -> [1, 2, 3, 6]"""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+# Type of a field -> what it accepts in words, the pattern of that in lower case, what reads it.
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+FIELD_TYPES = {
+    str: ("text", "(?s).+", str),
+    str | None: ("null or text", "(?s).+", str),
+    bool: ("true or false", "true|yes|on|false|no|off", lambda t: t in ("true", "yes", "on")),
+    int: ("a whole number", r"[+-]?\d+", int),
+    int | str: ("auto or a whole number", r"auto|[+-]?\d+", lambda t: t if t == "auto" else int(t)),
+    float: ("a number", NUMBER, float),
+    float | None: ("null or a number", NUMBER, float),
+    tuple[str, ...]: ("text or a list of texts", None, None),
+}
 
 
 def converted(field: dataclasses.Field, value):
@@ -174,90 +163,43 @@ def converted(field: dataclasses.Field, value):
     YAML's own guesses are not used: it reads 5e-4 as a string, 010 as 8, no as False, 1:30 as 90.
     Raises: ConfigError with what was seen and what is allowed.
     """
-    limits, allowed = field.metadata, str(field.type)
-    if field.type in (int, float, bool, str):
-        allowed = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
-            field.type
-        ]
-    wrong = ConfigError(f"{field.name!r} is {value!r}; allowed: {limit_text(field, allowed)}")
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "~", "")):
-        if limits.get("required"):
-            raise ConfigError(f"missing key {field.name!r}: {limits['meaning']}")
-        if field.default is None or field.default == ():
-            return field.default
-        raise wrong
-    if field.type == tuple[str, ...]:
-        items = [value] if isinstance(value, (str, Path)) else value
-        if not isinstance(items, (list, tuple)) or not all(
-            isinstance(i, (str, Path)) for i in items
-        ):
-            raise wrong
-        if limits.get("required") and not items:
-            raise ConfigError(f"missing key {field.name!r}: {limits['meaning']}")
-        return tuple(map(str, items))
+    limits, (allowed, pattern, read) = field.metadata, FIELD_TYPES[field.type]
     if "choices" in limits:
-        value = str(value).lower() if isinstance(value, (str, bool)) else value
-        if value not in limits["choices"]:
-            raise wrong
-        return value
-    if field.type == int | str and value == "auto":
-        return value
-    if field.type is bool:
-        word = str(value).strip().lower()
-        if word not in ("true", "yes", "on", "false", "no", "off"):
-            raise wrong
-        return word in ("true", "yes", "on")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)):
-        raise wrong
-    if field.type in (str, str | None):
-        return str(value)
-    whole = field.type in (int, int | str)
-    pattern = r"[+-]?\d+" if whole else r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-    if not re.fullmatch(pattern, str(value).strip(), re.IGNORECASE):
-        raise wrong
-    number = int(value) if whole else float(value)
-    too_low = number < limits.get("low", number) or number <= limits.get("above", number - 1)
-    if too_low or number > limits.get("high", number):
-        raise wrong
-    return number
-
-
-def limit_text(field: dataclasses.Field, allowed: str) -> str:
-    """What a field accepts, for --help and error lines: 'a whole number of at least 1'."""
-    limits = field.metadata
-    if "choices" in limits:
-        return ", ".join(limits["choices"])
-    if field.type == int | str:
-        allowed = "auto or a whole number"
-    elif field.type == float | None:
-        allowed = "null or a number"
-    elif field.type == str | None:
-        allowed = "null or text"
-    elif field.type == tuple[str, ...]:
-        allowed = "text or a list of texts"
+        allowed, pattern = ", ".join(limits["choices"]), "|".join(limits["choices"])
     for name, words in (("low", "of at least"), ("above", "above"), ("high", "and at most")):
         if name in limits:
             allowed += f" {words} {limits[name]:g}"
-    return allowed
+    wrong = ConfigError(f"{field.name!r} is {value!r}; allowed: {allowed}")
+    null = value is None or (isinstance(value, str) and value.strip().lower() in ("null", "~", ""))
+    if limits.get("required") and (null or value in ([], ())):
+        raise ConfigError(f"missing key {field.name!r}: {limits['meaning']}")
+    if null and field.default in (None, ()):
+        return field.default
+    if field.type == tuple[str, ...]:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(item, (str, Path)) for item in items):
+            raise wrong
+        return tuple(map(str, items))
+    as_written = read is str and "choices" not in limits
+    if not isinstance(value, (str, int, float, Path)) or (as_written and isinstance(value, bool)):
+        raise wrong
+    text = str(value) if as_written else str(value).strip().lower()
+    if not re.fullmatch(pattern, text):
+        raise wrong
+    result = read(text)
+    if isinstance(result, str):
+        return result
+    too_low = result < limits.get("low", result) or result <= limits.get("above", result - 1)
+    if too_low or result > limits.get("high", result):
+        raise wrong
+    return result
 
 
 def nearest_key(name: str) -> str:
     """The end of an unknown-key line: the key that was probably meant, or all of them."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    close = (
-        [ALIASES[name.lower()]]
-        if name.lower() in ALIASES
-        else difflib.get_close_matches(name, names, 1)
-    )
-    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(names)}"
-
-
-def list_or_text(value: str) -> str | list:
-    """`[a, b]` as a list of texts, anything else as it is."""
-    try:
-        return yaml.load(value, yaml.BaseLoader) if value.startswith("[") else value
-    except yaml.YAMLError:
-        return value
+    close = [*difflib.get_close_matches(name.lower(), KEYS, 1), None]
+    meant = ALIASES.get(name.lower(), close[0])
+    return f"did you mean {meant!r}?" if meant else f"the keys are {', '.join(KEYS)}"
 
 
 def load_config(path: str | Path, *overrides: str) -> Config:
@@ -271,35 +213,39 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a YAML config") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path}: not a readable YAML file: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: not a flat list of 'key: value' lines")
-    known = {field.name for field in dataclasses.fields(Config)}
     values, problems = {}, []
-    for key_node, value_node in root.value:
-        name = str(key_node.value)
-        value = yaml.BaseLoader("").construct_object(value_node, deep=True)
-        if name not in known:
-            problems.append(f"unknown key {name!r}, {nearest_key(name)}")
+    for name, value in yaml.BaseLoader("").construct_pairs(root, deep=True):
+        if name not in KEYS:
+            problems.append(f"unknown key {name!r}, {nearest_key(str(name))}")
         elif name in values:
             problems.append(f"key {name!r} stands there twice; keep one")
-        values[name] = value
+        else:
+            values[name] = value
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
             problems.append(f"command line: {override!r} is no override; write key=value")
-        elif name not in known:
+        elif name not in KEYS:
             problems.append(f"command line: unknown key {name!r}, {nearest_key(name)}")
-        values[name] = list_or_text(value)
+        if name in KEYS:
+            values[name] = value
+            if value.startswith("["):
+                with contextlib.suppress(yaml.YAMLError):  # then it is a text
+                    values[name] = yaml.load(value, yaml.BaseLoader)
     try:
-        config = Config(**{name: value for name, value in values.items() if name in known})
+        config = Config(**values)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return config
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -320,38 +266,31 @@ def config_table() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every setting: --help and the README's table are made of it."""
     rows = []
     for field in dataclasses.fields(Config):
-        default = "-" if field.metadata.get("required") else field.default
-        default = "null" if default is None else "[]" if default == () else str(default)
-        default = default.lower() if field.type is bool else default
-        choices = (
-            f" ({' | '.join(field.metadata['choices'])})" if "choices" in field.metadata else ""
-        )
-        rows.append((field.name, default, field.metadata["meaning"] + choices))
+        limits, default = field.metadata, field.default
+        default = default if isinstance(default, str) else json.dumps(default)
+        default = "-" if limits.get("required") else default
+        choices = f" ({' | '.join(limits['choices'])})" if "choices" in limits else ""
+        rows.append((field.name, default, limits["meaning"] + choices))
     return rows
 
 
 def command_line_parser(example: str) -> argparse.ArgumentParser:
     """`SCRIPT CONFIG [key=value ...]`; --help shows a real example, then every key."""
-    keys = "\n".join(
-        f"  {name:24} {default:15} {meaning}" for name, default, meaning in config_table()
-    )
+    rows = [f"  {name:24} {default:15} {meaning}" for name, default, meaning in config_table()]
     parser = argparse.ArgumentParser(
         usage="%(prog)s CONFIG [key=value ...] [options]",
         description=f"example:\n{example}",
-        epilog=f"keys of CONFIG, with defaults ('-': must be given):\n{keys}",
+        epilog="\n".join(["keys of CONFIG, with defaults ('-': must be given):", *rows]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="put over the YAML's keys"
-    )
+    what = "put over the YAML's keys"
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=what)
     return parser
 
 
 def run_command(command, *arguments) -> int:
     """Call a script's main function: 0; or 1, one line a problem on stderr and no traceback."""
-    import sys
-
     try:
         command(*arguments)
     except ValueError as error:
@@ -362,9 +301,7 @@ def run_command(command, *arguments) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------
-# Lexicon and corpus
-# ------------------------------------------------------------------------------------------------
+# ---- Lexicon and corpus --------------------------------------------------------------------------
 
 # Letters with inner apostrophes and hyphens; a combining accent belongs to the letter before it.
 WORD = re.compile(r"(?:[^\W\d_][\u0300-\u036f]*)+(?:['’-](?:[^\W\d_][\u0300-\u036f]*)+)*")
@@ -391,10 +328,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}, "
-            f"line {error.object.count(10, 0, error.start) + 1}; save it as UTF-8"
-        ) from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        place = f"byte 0x{error.object[error.start]:02x} at offset {error.start}, line {line}"
+        raise ConfigError(f"{path}: not UTF-8: {place}; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -465,9 +401,9 @@ def find_lexicon(config: Config, base: Tokenizer, texts: list[str], start: str) 
         return read_lexicon(Path(config.run_dir, "lexicon.txt"), pattern)
     counts = Counter(unicodedata.normalize("NFC", w) for text in texts for w in WORD.findall(text))
     words = [word for word, count in counts.most_common() if count >= config.lexicon_min_count]
+    words = [word for word in words if not pattern.search(word)]
     spelled = zip(words, spell(base, [start + word for word in words]))
     words = [word for word, ids in spelled if len(ids) >= config.lexicon_min_base_tokens]
-    words = [word for word in words if not refusal(word, pattern)]
     if not words:
         raise ConfigError(
             f"lexicon from_corpus: no word of the corpus occurs {config.lexicon_min_count} times "
@@ -477,9 +413,7 @@ def find_lexicon(config: Config, base: Tokenizer, texts: list[str], start: str) 
     return Lexicon(words, {}, {})
 
 
-# ------------------------------------------------------------------------------------------------
-# The base tokenizer
-# ------------------------------------------------------------------------------------------------
+# ---- The base tokenizer --------------------------------------------------------------------------
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 PLAIN_FILES = (
@@ -501,25 +435,27 @@ def base_files(config: Config) -> dict[str, str]:
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise ConfigError(f"model_name {name!r}: no such folder")
         folder = hub_folder(name, config.model_revision)
-    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ConfigError(f"model_name {name!r}: {folder} holds no tokenizer")
-    paths = [path for path in map(folder.joinpath, PLAIN_FILES) if path.is_file()]
-    files = {path.name: read_text(path) for path in paths}
+    files = plain_files(folder)
     return files if "tokenizer.json" in files else files | converted_files(folder, config)
+
+
+def plain_files(folder: Path) -> dict[str, str]:
+    paths = map(folder.joinpath, PLAIN_FILES)
+    return {path.name: read_text(path) for path in paths if path.is_file()}
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
     """The tokenizer files of a hub model, in the hub's local cache. Raises: ConfigError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*PLAIN_FILES, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = " ".join(str(error).split())[:300]
-        problem = f"model_name {name!r}: no such folder, and the hub says: {reason}"
-        raise ConfigError(problem) from None
+    except (OSError, ValueError) as error:  # all of the hub's own are of these
+        problem = f"no such folder, and the hub says: {one_line(error)}"
+        raise ConfigError(f"model_name {name!r}: {problem}") from None
 
 
 def converted_files(folder: Path, config: Config) -> dict[str, str]:
@@ -533,25 +469,26 @@ def converted_files(folder: Path, config: Config) -> dict[str, str]:
             tokenizer.save_pretrained(aside)
             made = {"tokenizer.json": tokenizer.backend_tokenizer.to_str()}
         except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ConfigError(
-                f"model_name {config.model_name!r}: its tokenizer cannot be converted: {reason}"
-            ) from None
-        paths = [path for path in map(Path(aside).joinpath, PLAIN_FILES) if path.is_file()]
-        return {path.name: read_text(path) for path in paths} | made
+            problem = "its tokenizer cannot be converted: "
+            problem += f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"model_name {config.model_name!r}: {problem}") from None
+        return plain_files(Path(aside)) | made
 
 
 def base_tokenizer(config: Config, files: dict[str, str] | None = None) -> Tokenizer:
     """The model's own tokenizer, without importing transformers where it has a tokenizer.json."""
+    text = (files or base_files(config))["tokenizer.json"]
     try:
-        return Tokenizer.from_str((files or base_files(config))["tokenizer.json"])
-    except ConfigError:
-        raise
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(
-            f"model_name {config.model_name!r}: its tokenizer.json is damaged, or newer than the "
-            f"installed tokenizers package reads: {' '.join(str(error).split())[:300]}"
-        ) from None
+        problem = "its tokenizer.json is damaged, or newer than the installed tokenizers package "
+        problem += f"reads: {one_line(error)}"
+        raise ConfigError(f"model_name {config.model_name!r}: {problem}") from None
+
+
+def parts_as_json(*parts) -> str:
+    """Those of a tokenizer's parts that it has, as they stand in tokenizer.json."""
+    return "".join(part.__getstate__().decode() for part in parts if part)
 
 
 def is_sentencepiece(tokenizer: Tokenizer) -> bool:
@@ -560,8 +497,7 @@ def is_sentencepiece(tokenizer: Tokenizer) -> bool:
     Raises: ConfigError for the types whose vocabularies cannot take whole words exactly.
     """
     model = type(tokenizer.model).__name__
-    steps = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
-    steps = "".join(step.__getstate__().decode() for step in steps if step)  # as in tokenizer.json
+    steps = parts_as_json(tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
     if model == "BPE" and ("ByteLevel" in steps or SPACE in steps):
         return "ByteLevel" not in steps
     raise ConfigError(
@@ -583,9 +519,7 @@ def spell(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-# ------------------------------------------------------------------------------------------------
-# New words
-# ------------------------------------------------------------------------------------------------
+# ---- New words -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -596,8 +530,7 @@ class NewWords:
     by the base: with its leading space, or without where it matches without.
     """
 
-    base_size: int  # ids of the base tokenizer, added tokens included: len(tokenizer)
-    first_new_id: int  # == base_size
+    first_new_id: int  # number of the base tokenizer's ids, added tokens included
     known: int  # lexicon words that the base vocabulary holds; they get no row
     devlog_known: int  # lexicon words whose exact string is in the base vocabulary
     words: list[str]
@@ -643,15 +576,13 @@ def plan_new_words(config: Config) -> NewWords:
     with_bos, without = base.encode("a").ids, base.encode("a", add_special_tokens=False).ids
     bos_id = with_bos[0] if with_bos[:1] != without[:1] else None
     return NewWords(
-        size, size, known, devlog_known, words, contents, spell(base, contents), bos_id, matching,
+        size, known, devlog_known, words, contents, spell(base, contents), bos_id, matching,
         lexicon, base, tokenizer, files,
     )  # fmt: skip
 
 
-def added_forms(
-    base: Tokenizer, vocab: dict[str, int], words: list[str], matching: str
-) -> list[AddedToken]:
-    """How each new word of a byte-level tokenizer matches.
+def added_forms(base: Tokenizer, vocab: dict, words: list[str], matching: str) -> list[AddedToken]:
+    """How each new word of a byte-level tokenizer matches; `vocab` is the base's.
 
     plain: anywhere, inside longer words too, as the original runs did. bare: as a whole word.
     spaced: with the space before it, so that " word" is one token and not two. That also matches
@@ -708,7 +639,8 @@ def whole_word_tokenizer(tokenizer_json: str, words: list[str], first_new_id: in
     if compounds:
         pattern = rf"(?<!{SPACE}){SPACE}(?:{any_of(compounds)})(?!{letter})|{pattern}"
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    steps = [step for step in (spec["pre_tokenizer"], split | {"invert": False}) if step]
+    split["invert"] = False
+    steps = [step for step in (spec["pre_tokenizer"], split) if step]
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
 
@@ -718,9 +650,7 @@ def new_words_hash(words: list[str], first_new_id: int) -> str:
     return hashlib.sha256("\n".join([str(first_new_id), *words]).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
 
 def make_report(config: Config, new: NewWords) -> dict:
@@ -730,33 +660,35 @@ def make_report(config: Config, new: NewWords) -> dict:
     """
     num_new, corpus = len(new.words), corpus_figures(new, config.corpus, read_corpus(config))
     if not corpus["new_tokens"]:
-        raise ConfigError(
-            f"{config.lexicon}: none of its {num_new} new words matches in the corpus "
-            f"({new.matching} matching); check that the two belong together"
-        )
+        none = f"none of its {num_new} new words matches in the corpus ({new.matching} matching)"
+        raise ConfigError(f"{config.lexicon}: {none}; check that the two belong together")
     model = json.loads(new.files.get("config.json", "{}"))
     table_rows = model.get("vocab_size", model.get("text_config", {}).get("vocab_size"))
-    padding = None if table_rows is None else max(0, table_rows - new.base_size)
+    padding = None if table_rows is None else max(0, table_rows - new.first_new_id)
+    # Beside a qwen model's config.json transformers 5 builds the tokenizer anew with Qwen's own
+    # pattern, whatever tokenizer.json says (5.23.0); PreTrainedTokenizerFast takes it as it is.
+    qwen = (model.get("model_type") or "").startswith("qwen")
+    foreign = qwen and r"|\\p{N}| ?[^\\s\\p{L}" not in parts_as_json(new.base.pre_tokenizer)
     return {
         "model_name": config.model_name,
         "model_revision": config.model_revision,
         "matching": new.matching,
-        "base_size": new.base_size,
+        "base_size": new.first_new_id,
         "lexicon_words": len(new.lexicon.words),
         "known": new.known,
         "new_tokens": num_new,
         "table_rows": table_rows,
         "padding_rows": padding,
         "new_ids_in_padding": None if padding is None else min(padding, num_new),
-        "total": new.base_size + num_new,
-        "expansion_percent": round(100 * num_new / new.base_size, 2),
+        "total": new.first_new_id + num_new,
+        "expansion_percent": round(100 * num_new / new.first_new_id, 2),
         "devlog_known": new.devlog_known,
         "new_words_sha256": new_words_hash(new.words, new.first_new_id),
         **word_figures(new),
         "corpus": corpus,
         "repaired_lines": {kind: line_ranges(n) for kind, n in new.lexicon.repaired.items()},
         "refused_lines": {kind: line_ranges(n) for kind, n in new.lexicon.refused.items()},
-        "load_with": loader(new.base, model.get("model_type") or ""),
+        "load_with": "PreTrainedTokenizerFast" if foreign else "AutoTokenizer",
     }
 
 
@@ -777,26 +709,11 @@ def word_figures(new: NewWords) -> dict:
     }
 
 
-def loader(base: Tokenizer, model_type: str) -> str:
-    """The transformers class that reads the saved folder right beside the model's config.json.
-
-    transformers 5 builds the tokenizer of a qwen model type anew with Qwen's own pattern, whatever
-    tokenizer.json says (seen in 5.23.0); PreTrainedTokenizerFast takes it as it is.
-    """
-    pattern = base.pre_tokenizer.__getstate__().decode() if base.pre_tokenizer else ""
-    foreign = model_type.startswith("qwen") and r"|\\p{N}| ?[^\\s\\p{L}" not in pattern
-    return "PreTrainedTokenizerFast" if foreign else "AutoTokenizer"
-
-
 def line_ranges(numbers: list[int]) -> str:
     """[1, 2, 3, 7] as "1-3, 7": a fault of the whole file stays one short text."""
-    ranges = []
-    for number in numbers:
-        if ranges and ranges[-1][1] == number - 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ranges)
+    firsts = sorted(set(numbers) - {number + 1 for number in numbers})
+    lasts = sorted(set(numbers) - {number - 1 for number in numbers})
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts))
 
 
 def pieces(text: str) -> list[str]:
@@ -878,7 +795,10 @@ def remarks(report: dict) -> list[tuple[object, str]]:
     changed, ordinary = corpus["ordinary_words_changed"], corpus["ordinary_words"]
     examples = ", ".join(corpus["ordinary_words_changed_examples"]) or "none"
     never, wrong = report["words_never_matching"], report["words_decoding_wrongly"]
-    repaired, refused = (report[f"{kind}_lines"].items() for kind in ("repaired", "refused"))
+    faults = [
+        f"lexicon lines {what}, {kind}: {shorten(lines, 80, placeholder=' ... (see report.json)')}"
+        for what in ("repaired", "refused") for kind, lines in report[f"{what}_lines"].items()
+    ]  # fmt: skip
     return [
         (rows is None, "unknown: the model's folder has no config.json with a vocab_size"),
         (rows and rows < report["base_size"], f"the model's table has only {rows} rows"),
@@ -890,8 +810,7 @@ def remarks(report: dict) -> list[tuple[object, str]]:
         (report["matching"] == "plain", "plain cuts up ordinary words, spaced and bare do not"),
         (never, f"{len(never)} new words can never match: {', '.join(never[:5])}"),
         (wrong, f"{len(wrong)} new words decode wrongly: {', '.join(wrong[:5])}"),
-        *((True, f"lexicon lines repaired, {kind}: {shortened(n)}") for kind, n in repaired),
-        *((True, f"lexicon lines refused, {kind}: {shortened(n)}") for kind, n in refused),
+        *((True, fault) for fault in faults),
         (True, f"corpus: {corpus['bytes']:,} bytes, {corpus['tokens_before']:,} tokens before, "
                f"{corpus['tokens_after']:,} after, "
                f"{corpus['new_tokens'] / corpus['tokens_after']:.2%} new; new words seen once "
@@ -905,13 +824,7 @@ def remarks(report: dict) -> list[tuple[object, str]]:
     ]  # fmt: skip
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:60].rpartition(",")[0] + ", ... (see report.json)"
-
-
-# ------------------------------------------------------------------------------------------------
-# Saving
-# ------------------------------------------------------------------------------------------------
+# ---- Saving --------------------------------------------------------------------------------------
 
 # What tokenizer_config.json keeps of the base. The rest names classes and adds settings that one
 # transformers version writes and another cannot read; tokenizer.json carries all that encodes.
@@ -942,23 +855,17 @@ def save_tokenizer(folder: Path, new: NewWords) -> None:
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
     aside.mkdir(parents=True)
-    texts = {
-        "tokenizer.json": new.tokenizer.to_str(),
-        "tokenizer_config.json": as_json(tokenizer_settings(new.files)),
-        "report.json": as_json(new.report),
-    }
-    if "chat_template.jinja" in new.files:
-        texts["chat_template.jinja"] = new.files["chat_template.jinja"]
+    texts = {name: new.files[name] for name in ["chat_template.jinja"] if name in new.files}
+    texts["tokenizer.json"] = new.tokenizer.to_str()
+    values = {"tokenizer_config.json": tokenizer_settings(new.files), "report.json": new.report}
+    for name, value in values.items():
+        texts[name] = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     for name, text in texts.items():
         (aside / name).write_bytes(text.encode())
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def as_json(value: dict) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def extend(config: Config, save: bool = True) -> NewWords:
@@ -974,9 +881,7 @@ def extend(config: Config, save: bool = True) -> NewWords:
         if save:
             save_tokenizer(lexicon.with_name("tokenizer"), new)
         if save and config.lexicon == "from_corpus" and not lexicon.exists():
-            aside = lexicon.with_name("lexicon.new")
-            aside.write_bytes("".join(word + "\n" for word in new.lexicon.words).encode())
-            aside.rename(lexicon)
+            write_text(lexicon, "".join(f"{word}\n" for word in new.lexicon.words))
     except OSError as error:
         raise ConfigError(f"run_dir {config.run_dir!r}: cannot be written: {error}") from None
     return new

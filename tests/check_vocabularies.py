@@ -87,8 +87,8 @@ def check(config: Config, text: str, words: list[str]) -> list:
     in_a_row = [new.tokenizer.token_to_id(content) for content in new.contents] == list(sizes)
     bare = sum(content[0] not in f" {SPACE}" for content in new.contents)
     return [
-        new.matching, f"{new.base_size:,}", f"{new.known:,}", f"{len(new.words):,}",
-        f"{new.base_size + len(new.words):,}", "yes" if in_a_row else "NO", unreached, wrong,
+        new.matching, f"{new.first_new_id:,}", f"{new.known:,}", f"{len(new.words):,}",
+        f"{new.first_new_id + len(new.words):,}", "yes" if in_a_row else "NO", unreached, wrong,
         f"{bare:,}",
         f"{altered:,} of {ordinary:,} ({altered / ordinary:.3%})", round_trip_failures(new, text),
         round_trip_failures(new, mix(text, words)), f"{tokens / len(new.words):.3f}",

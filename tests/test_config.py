@@ -77,10 +77,19 @@ def test_everything_wrong_is_told_at_once(load):
     ]
 
 
-@pytest.mark.parametrize("name", ALIASES)
-def test_aliases_lead_to_keys(name):
-    assert nearest_key(name) == nearest_key(name.upper()) == f"did you mean {ALIASES[name]!r}?"
-    assert ALIASES[name] in KEYS and name not in KEYS
+# Near enough to the key to be found without an entry in ALIASES.
+NEAR = {
+    "model": "model_name", "revision": "model_revision", "max_seq_len": "seq_len",
+    "steps": "max_steps", "num_steps": "max_steps", "warmup": "warmup_ratio",
+    "warmup_steps": "warmup_ratio", "out_dir": "run_dir", "matching": "token_matching",
+    "activation_checkpointing": "gradient_checkpointing",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, key", (ALIASES | NEAR).items())
+def test_what_other_tools_call_a_key_leads_to_it(name, key):
+    assert nearest_key(name) == nearest_key(name.upper()) == f"did you mean {key!r}?"
+    assert key in KEYS and name not in KEYS
 
 
 @pytest.mark.parametrize(
@@ -183,11 +192,13 @@ def test_config_made_in_a_cell():
     assert (config.model_name, config.corpus, config.run_dir) == ("m", ("t",), "r")
     assert config.learning_rate == 1.0 and config.gradient_checkpointing == "true"
     with pytest.raises(ConfigError) as caught:
-        Config(**keys | {"corpus": []}, seq_len=True, learning_rate=float("nan"), tensorboard=None)
+        wrong = {"corpus": [], "seq_len": True, "sentry_dir": False, "tensorboard": None}
+        Config(**keys | wrong, learning_rate=float("nan"))
     assert caught.value.problems == (
         "missing key 'corpus': UTF-8 text file, or a list of them",
         "'seq_len' is True; allowed: a whole number of at least 2",
         "'learning_rate' is nan; allowed: a number above 0",
+        "'sentry_dir' is False; allowed: null or text",
         "'tensorboard' is None; allowed: true or false",
     )
 

@@ -285,34 +285,39 @@ def test_accelerate_takes_cpu_layers_and_keeps_the_rest_of_prepare_model(acceler
     assert inner == [torch.bfloat16]  # autocast is still wrapped around forward
     with pytest.raises(ValueError, match="CPU or disk offload"):
         accelerator.prepare_model(quantized_model({"a": 0, "b": "disk"}))
-    assert accelerate_module.is_bitsandbytes_multi_backend_available is question
     assert env_shim.apply() == []
-    env_shim.remove()
     assert accelerate_module.Accelerator.prepare_model is original
+    env_shim.remove()
+    assert accelerate_module.is_bitsandbytes_multi_backend_available is question
+    with pytest.raises(ValueError, match="CPU or disk offload"):
+        accelerator.prepare_model(quantized_model({"a": 0, "b": "cpu"}))
 
 
-def test_accelerate_question_is_untouched_for_an_unquantized_model(accelerate_module):
-    class Accelerator:
-        def prepare_model(self, model, device_placement=None):
-            return module.is_bitsandbytes_multi_backend_available(), device_placement
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_accelerate_asks_the_question_of_quantized_models_alone(
+    accelerate_module, monkeypatch, bits
+):
+    """So that answering it True changes nothing for others: prepare_model itself stays."""
+    import torch
 
-    module = types.SimpleNamespace(
-        Accelerator=Accelerator, is_bitsandbytes_multi_backend_available=lambda: False
-    )
-    env_shim.wrap_prepare_model(module)
-    env_shim.wrap_prepare_model(module)  # once is enough
-    assert Accelerator.prepare_model.__wrapped__.__name__ == "prepare_model"
-    assert not hasattr(Accelerator.prepare_model.__wrapped__, "__wrapped__")
-    plain, eight_bit = types.SimpleNamespace(), types.SimpleNamespace(is_loaded_in_8bit=True)
-    assert Accelerator().prepare_model(plain, device_placement=True) == (False, True)
-    assert Accelerator().prepare_model(eight_bit, True) == (True, True)
+    asked = []
+    question = "is_bitsandbytes_multi_backend_available"
+    monkeypatch.setattr(accelerate_module, question, lambda: asked.append(1) or True)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model.hf_device_map = {"a": "cpu", "b": 0}
+    if bits:
+        setattr(model, f"is_loaded_in_{bits}bit", True)
+    accelerator = accelerate_module.Accelerator(cpu=True)
+    assert accelerator.prepare_model(model, device_placement=True) is model
+    assert bool(asked) == bool(bits)
 
 
 def test_accelerate_is_patched_when_it_is_imported_not_before(tmp_path):
     files = {
         "accelerate/__init__.py": "from .accelerator import Accelerator\n",
         "accelerate/accelerator.py": (
-            "class Accelerator:\n    def prepare_model(self, model):\n        return 'original'\n"
+            "class Accelerator:\n    def prepare_model(self, model):\n"
+            "        return is_bitsandbytes_multi_backend_available()\n"
             "def is_bitsandbytes_multi_backend_available():\n    return False\n"
         ),
     }
@@ -323,23 +328,23 @@ before = list(sys.meta_path)
 env_shim.apply()
 print("accelerate" in sys.modules)
 from accelerate import Accelerator
-print(hasattr(Accelerator.prepare_model, "__wrapped__"), Accelerator().prepare_model(None))
+print(Accelerator().prepare_model(None))
 env_shim.remove()
-print(hasattr(Accelerator.prepare_model, "__wrapped__"), sys.meta_path == before)
+print(Accelerator().prepare_model(None), sys.meta_path == before)
 """
     assert output_with(site, code).splitlines() == [
         "env_shim: bitsandbytes 0.45.5: accelerate may prepare a model with layers on the CPU",
         "False",
-        "True original",
+        "True",
         "False True",
     ]
 
 
 def test_accelerate_is_left_alone_beside_bitsandbytes_0_46(machine):
     machine({"accelerate": "1.12.0", "bitsandbytes": "0.46.0"})
-    assert env_shim.allow_cpu_layers_in_accelerate() is None
+    assert env_shim.apply() == []
     machine({"bitsandbytes": "0.45.5"})
-    assert env_shim.allow_cpu_layers_in_accelerate() is None
+    assert env_shim.apply() == []
 
 
 # ---- environment variables -----------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_byte_level_ids_are_the_same_for_all_matchings(make, kind):
         new = plan_new_words(make(kind, lexicon, token_matching=matching))
         assert new.words == [word for word in LEXICON if word not in base.get_vocab()] == LEXICON
         assert new.known == 2 and new.lexicon.refused == {"special token": [len(lexicon)]}
-        assert new.base_size == new.first_new_id == base.get_vocab_size() == 382
+        assert new.first_new_id == base.get_vocab_size() == 382
         ids = [new.tokenizer.token_to_id(content) for content in new.contents]
         assert ids == list(range(382, 382 + len(LEXICON)))
         assert new.tokenizer.get_vocab_size() == 382 + len(LEXICON)
@@ -649,7 +649,7 @@ def test_saved_folder_loads_with_the_same_ids(make, kind, beside):
         assert loaded(text)["input_ids"] == new.tokenizer.encode(text).ids
         ids = encode(new.tokenizer, text)
         assert loaded.decode(ids) == decode(new.tokenizer, ids)
-    assert len(loaded) == new.base_size + len(new.words)
+    assert len(loaded) == new.first_new_id + len(new.words)
     assert loaded.eos_token == ("</s>" if kind in ("llama2", "metaspace") else "<|endoftext|>")
     assert loaded.pad_token == settings["pad_token"] and loaded.chat_template == TEMPLATE
     assert loaded.model_max_length == 2048
