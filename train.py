@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 # Pasted into a notebook below the other four, their names are there already.
@@ -144,16 +145,13 @@ def dry_run(config: Config) -> None:
         print(f"{name:26} {gib:8.2f} GiB")
         if name == "total":
             print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
-    print(
-        f"micro_batch_size {micro} x {config.effective_batch_size // micro},"
-        f" seq_len {config.seq_len}"
-    )
+    accumulation = config.effective_batch_size // micro
+    print(f"micro_batch_size {micro} x {accumulation}, seq_len {config.seq_len}")
     if config.gradient_checkpointing == "auto":
+        layers = shape["num_hidden_layers"]
         layer = kept_layer_bytes(shape, micro * config.seq_len, config) / GIB
-        kept = max(min(int((margin - 0.5) / layer), shape["num_hidden_layers"]), 0)
-        print(
-            f"about {kept} of {shape['num_hidden_layers']} layers can keep their activations in it"
-        )
+        kept = max(min(int((margin - 0.5) / layer), layers), 0)
+        print(f"about {kept} of {layers} layers can keep their activations in it")
     size = plans[micro]["new rows"] * GIB * (1 + 1 / shape["hidden_size"])
     print(f"bytes per sentry {round(size):,}")
     for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
@@ -315,12 +313,8 @@ def load_data(config: Config, words: NewWords) -> Data:
     texts = read_corpus(config)
     halves = [split_text(text, config.val_fraction) for text in texts]
     train_text, val_text = ("".join(half) for half in zip(*halves))
-    key = [
-        train_text,
-        val_text,
-        new_words_hash(words.words, words.first_new_id),
-        words.tokenizer.to_str(),
-    ]
+    words_hash = new_words_hash(words.words, words.first_new_id)
+    key = [train_text, val_text, words_hash, words.tokenizer.to_str()]
     digest = hashlib.sha256("\0".join(key).encode("utf-8")).hexdigest()
     cache = Path(config.run_dir) / "cache" / f"tokens_{digest[:16]}.safetensors"
     if cache.exists():
@@ -574,9 +568,7 @@ def fuse_elementwise(model) -> None:
     modeling = sys.modules[type(layer).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
     if rotary is not None and not hasattr(rotary, "eager"):
-        modeling.apply_rotary_pos_emb = when_training(
-            rotary
-        )  # attention finds it by this global name
+        modeling.apply_rotary_pos_emb = when_training(rotary)  # attention finds it by this name
 
 
 def when_training(original, *probe):
@@ -752,9 +744,8 @@ def adafactor_update(
     if touched is not None:
         other = torch.zeros_like(column) if untouched_grad is None else untouched_grad * grad_scale
         column_squares += other.square() * ((num_rows - len(grad)) / num_rows)
-        row_squares = (
-            other.square().mean().expand(num_rows).clone().index_copy_(0, touched, row_squares)
-        )
+        others = other.square().mean().repeat(num_rows)
+        row_squares = others.index_copy_(0, touched, row_squares)
     row.mul_(decay).add_(row_squares + 1e-30, alpha=1 - decay)
     column.mul_(decay).add_(column_squares + 1e-30, alpha=1 - decay)
     all_factors, column_factor = (row / row.mean()).rsqrt(), column.rsqrt()
@@ -787,14 +778,10 @@ class Optimizer:
         self.overlay = overlay
         separate = overlay.output_rows is not None and overlay.train_output
         names = ["input_rows", "output_rows"] if separate else ["input_rows"]
+        num_rows, hidden_size = overlay.input_rows.shape
+        zeros = functools.partial(torch.zeros, device=overlay.input_rows.device)
         self.mean_squares = {
-            name: {
-                "row": torch.zeros(len(overlay.input_rows), device=overlay.input_rows.device),
-                "column": torch.zeros(
-                    overlay.input_rows.shape[1], device=overlay.input_rows.device
-                ),
-            }
-            for name in names
+            name: {"row": zeros(num_rows), "column": zeros(hidden_size)} for name in names
         }
 
     @torch.no_grad()
@@ -846,6 +833,14 @@ class Optimizer:
 # ------------------------------------------------------------------------------------------------
 
 
+def shares(num_sequences: int, micro_batch_size: int, place: Place) -> Iterator[range]:
+    """The numbers of this process's sequences, a micro-batch at a time."""
+    for start in range(
+        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
+    ):
+        yield range(start, min(start + micro_batch_size, num_sequences))
+
+
 @torch.no_grad()
 def evaluate(
     overlay: WakeOverlay, data: Data, config: Config, place: Place, micro_batch_size: int
@@ -856,23 +851,16 @@ def evaluate(
     so comparable across vocabularies); val_loss_new_words, val_loss_ordinary by kind of target.
     """
     num_sequences = data.num_sequences(data.val, config.seq_len)
-    sums = torch.zeros(
-        4, dtype=torch.float64
-    )  # nats and count on new-word targets, on ordinary ones
-    for start in range(
-        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
-    ):
-        numbers = torch.arange(start, min(start + micro_batch_size, num_sequences))
-        x, y = sequences(data.val, numbers, config.seq_len, data.bos_id)
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # nats and count; on ordinary and new targets
+    for numbers in shares(num_sequences, micro_batch_size, place):
+        x, y = sequences(data.val, torch.tensor(numbers), config.seq_len, data.bos_id)
         hidden = overlay.body(inputs_embeds=overlay.embed(x), use_cache=False).last_hidden_state
         losses = overlay.loss(hidden, y)[0].double().cpu()
-        is_new = y >= overlay.first_new_id
-        sums += torch.stack(
-            [losses[is_new].sum(), is_new.sum(), losses[~is_new].sum(), (~is_new).sum()]
-        )
+        for kind, of_kind in enumerate((y < overlay.first_new_id, y >= overlay.first_new_id)):
+            sums[kind] += torch.stack([losses[of_kind].sum(), of_kind.sum()])
     sums = sums.to(place.device)
     add_up(place, sums)
-    new_nats, new_count, nats, count = sums.tolist()
+    (nats, count), (new_nats, new_count) = sums.tolist()
     text = data.val_text[data.val_ends[0] : data.val_ends[num_sequences * config.seq_len]]
     return {
         "val_loss": (new_nats + nats) / (new_count + count),
@@ -894,35 +882,26 @@ def evaluate_base(
     ends, seq_len = data.val_ends.tolist(), config.seq_len
     num_sequences = data.num_sequences(data.val, seq_len)
     total = torch.zeros(1, dtype=torch.float64)
-    for start in range(
-        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
-    ):
+    for numbers in shares(num_sequences, micro_batch_size, place):
         pairs = []
-        for number in range(start, min(start + micro_batch_size, num_sequences)):
-            first, middle = number * seq_len, ends[number * seq_len]
-            context = (
-                data.val_text[ends[first - 1] if first else 0 : middle]
-                if data.bos_id is None
-                else ""
-            )
-            encoding = tokenizer.encode(
-                context + data.val_text[middle : ends[first + seq_len]], add_special_tokens=False
-            )
+        for number in numbers:
+            first, middle, context = number * seq_len, ends[number * seq_len], ""
+            if data.bos_id is None:
+                context = data.val_text[ends[first - 1] if first else 0 : middle]
+            text = context + data.val_text[middle : ends[first + seq_len]]
+            encoding = tokenizer.encode(text, add_special_tokens=False)
             targets = [
                 i if end > len(context) else -100
                 for i, (_, end) in zip(encoding.ids, encoding.offsets)
             ]
             ids = encoding.ids if data.bos_id is None else [data.bos_id, *encoding.ids]
             pairs.append((ids[:-1], targets[1:] if data.bos_id is None else targets))
-        width = max(len(ids) for ids, _ in pairs)
-        x = torch.tensor(
-            [ids + [0] * (width - len(ids)) for ids, _ in pairs]
-        )  # causal: the end cannot matter
+        width = max(len(ids) for ids, _ in pairs)  # causal: what fills the ends cannot matter
+        x = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in pairs])
         y = torch.tensor([targets + [-100] * (width - len(targets)) for _, targets in pairs])
-        hidden = overlay.body(
-            inputs_embeds=overlay.base_embed(x), use_cache=False
-        ).last_hidden_state
-        total += overlay.loss(hidden, y, base_only=True)[0].double().sum().cpu()
+        body = overlay.body(inputs_embeds=overlay.base_embed(x), use_cache=False)
+        losses, _ = overlay.loss(body.last_hidden_state, y, base_only=True)
+        total += losses.double().sum().cpu()
     total = total.to(place.device)
     add_up(place, total)
     text = data.val_text[ends[0] : ends[num_sequences * seq_len]]
@@ -941,18 +920,14 @@ def sample(model, config: Config, words: NewWords) -> list[str]:
                 top_p=0.95, top_k=0, pad_token_id=0,
                 attention_mask=torch.ones(1, len(ids), device=device, dtype=torch.long),
             )[0].tolist()  # fmt: skip
-        text = ""
-        for end in range(
-            1, len(out) + 1
-        ):  # decoding ever longer prefixes keeps every decoder's blanks
+        text = shorter = ""
+        for end, token in enumerate(out, 1):
             longer = words.tokenizer.decode(out[:end])
-            if out[end - 1] >= words.first_new_id:
-                piece = longer[
-                    len(os.path.commonprefix([longer, words.tokenizer.decode(out[: end - 1])])) :
-                ]
-                text += piece.replace(piece.strip(), f"**{piece.strip()}**", 1)
-            else:
-                text += longer[len(words.tokenizer.decode(out[: end - 1])) :]
+            same = len(os.path.commonprefix([shorter, longer]))  # a later byte mends half a letter
+            text, piece = text[: len(text) - len(shorter) + same], longer[same:]
+            if token >= words.first_new_id:
+                piece = piece.replace(piece.strip(), f"**{piece.strip()}**", 1)
+            text, shorter = text + piece, longer
         texts.append(text)
     return texts
 
@@ -964,14 +939,10 @@ def sample(model, config: Config, words: NewWords) -> list[str]:
 
 def loss_table(records: list[dict]) -> str:
     """The run's loss table in Markdown, one line an evaluation, ready to paste."""
-    lines, best, train_loss = (
-        ["| Step | Train | Val | Notes |", "|---|---|---|---|"],
-        math.inf,
-        None,
-    )
+    lines, best, train_loss = ["| Step | Train | Val | Notes |", "|---|---|---|---|"], math.inf, "-"
     for record in records:
         if record["kind"] == "train":
-            train_loss = record["loss"]
+            train_loss = f"{record['loss']:.4f}"
             continue
         notes = [f"{record['val_bits_per_byte']:.3f} bits/byte"]
         if best == math.inf:
@@ -983,10 +954,8 @@ def loss_table(records: list[dict]) -> str:
             best = record["val_loss"]
             notes.append("best")
         notes += record["warnings"]
-        shown = "-" if train_loss is None else f"{train_loss:.4f}"
-        lines.append(
-            f"| {record['step']} | {shown} | {record['val_loss']:.4f} | {'; '.join(notes)} |"
-        )
+        told = f"{record['val_loss']:.4f} | {'; '.join(notes)}"
+        lines.append(f"| {record['step']} | {train_loss} | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -998,37 +967,17 @@ def plot_losses(records: list[dict], path: Path) -> None:
     evaluated = [record for record in records if record["kind"] == "eval"]
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
-    left.plot(
-        [r["step"] for r in trained],
-        [r["loss"] for r in trained],
-        label="train",
-        color="tab:blue",
-        lw=1,
-    )
-    left.plot(
-        [r["step"] for r in evaluated],
-        [r["val_loss"] for r in evaluated],
-        label="held-out",
-        color="tab:orange",
-        marker=".",
-    )
-    left.axhline(
-        evaluated[0]["uniform_loss"], color="tab:red", ls=":", label="uniform guess, ln(vocabulary)"
-    )
+    held_out = {"label": "held-out", "color": "tab:orange", "marker": "."}
+    for axes, rows, name, style in (
+        (left, trained, "loss", {"label": "train", "color": "tab:blue", "lw": 1}),
+        (left, evaluated, "val_loss", held_out),
+        (right, evaluated, "val_bits_per_byte", held_out),
+    ):
+        axes.plot([r["step"] for r in rows], [r[name] for r in rows], **style)
+    first, uniform, base = evaluated[0], "uniform guess, ln(vocabulary)", "unextended base model"
+    left.axhline(first["uniform_loss"], color="tab:red", ls=":", label=uniform)
+    right.axhline(first["base_bits_per_byte"], color="tab:green", ls="--", label=base)
     left.set(xlabel="step", ylabel="loss, nats per predicted token", title="Loss")
-    right.plot(
-        [r["step"] for r in evaluated],
-        [r["val_bits_per_byte"] for r in evaluated],
-        label="held-out",
-        color="tab:orange",
-        marker=".",
-    )
-    right.axhline(
-        evaluated[0]["base_bits_per_byte"],
-        color="tab:green",
-        ls="--",
-        label="unextended base model",
-    )
     right.set(
         xlabel="step", ylabel="bits per byte of held-out text", title="Against the base model"
     )
@@ -1079,10 +1028,9 @@ class Records:
         write_text(self.folder / "loss_table.md", loss_table(self.parsed()))
         plot_losses(self.parsed(), self.folder / "loss.png")
 
-    def add_samples(self, step: int, prompts: tuple[str, ...], texts: list[str]) -> None:
-        self.samples += f"## Step {step}\n\n" + "".join(
-            f"> {' '.join(text.split())}\n\n" for text in texts
-        )
+    def add_samples(self, step: int, texts: list[str]) -> None:
+        quotes = [f"> {' '.join(text.split())}\n\n" for text in texts]
+        self.samples += f"## Step {step}\n\n" + "".join(quotes)
         write_text(self.folder / "samples.md", self.samples)
 
 
@@ -1145,11 +1093,7 @@ def start_over(config: Config) -> None:
     for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
         if not folder.is_dir():
             continue
-        names = [
-            path
-            for path in folder.iterdir()
-            if path.name != ".lock" and not path.name.startswith("old-")
-        ]
+        names = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("old-")]
         if folder != Path(config.run_dir):
             names = [path for path in names if path.name.lstrip(".").startswith("step_")]
         if names:
@@ -1162,18 +1106,14 @@ def start_over(config: Config) -> None:
 def compare_configs(old: dict, config: Config) -> None:
     """Raise a ConfigError naming every key whose change would make another training of this run."""
     new = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [
-        name for name in new if name not in HARMLESS_KEYS and name in old and old[name] != new[name]
+    problems = [
+        f"{name}: the run was started with {old[name]!r}, now it is {value!r}"
+        for name, value in new.items()
+        if name not in HARMLESS_KEYS and old.get(name, value) != value
     ]
-    if changed:
-        raise ConfigError(
-            *(
-                f"{name}: the run was started with {old[name]!r}, now it is {new[name]!r}"
-                for name in changed
-            ),
-            "put these keys back to continue, or start over with --fresh (the old run is kept"
-            " aside)",
-        )
+    if problems:
+        advice = "put these keys back to continue, or start over with --fresh (the old run is kept"
+        raise ConfigError(*problems, f"{advice} aside)")
 
 
 def run_identity(config: Config, words: NewWords, data: Data) -> dict:
@@ -1190,9 +1130,7 @@ def random_state() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {
-        name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
-    }
+    return {n: base64.b64encode(state.numpy().tobytes()).decode() for n, state in states.items()}
 
 
 def restore_random_state(states: dict[str, str]) -> None:
@@ -1213,9 +1151,8 @@ class HostCopies:
     def take(self, tensors: dict[str, Tensor]) -> dict:
         for name, tensor in tensors.items():
             if name not in self.buffers:
-                self.buffers[name] = torch.empty_like(
-                    tensor, device="cpu", pin_memory=tensor.is_cuda
-                )
+                pinned = {"device": "cpu", "pin_memory": tensor.is_cuda}
+                self.buffers[name] = torch.empty_like(tensor, **pinned)
             self.buffers[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -1475,13 +1412,10 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate, record, and continue the prompts."""
         record = {"step": self.step, "kind": "eval"}
+        parts = self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
         if self.base_bits_per_byte is None:
-            self.base_bits_per_byte = evaluate_base(
-                self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
-            )
-        record |= evaluate(
-            self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
-        )
+            self.base_bits_per_byte = evaluate_base(*parts)
+        record |= evaluate(*parts)
         record["uniform_loss"] = math.log(self.overlay.vocab_size)
         record["base_bits_per_byte"] = self.base_bits_per_byte
         record["warnings"] = []
@@ -1498,9 +1432,7 @@ class Run:
         if self.records:
             self.records.add(record)
             if self.config.prompts:
-                self.records.add_samples(
-                    self.step, self.config.prompts, sample(self.model, self.config, self.words)
-                )
+                self.records.add_samples(self.step, sample(self.model, self.config, self.words))
 
 
 def versions() -> dict[str, str]:
@@ -1519,25 +1451,18 @@ def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
     model = load_model(config, place)
     state = sentry.state if sentry else {}
     input_rows, output_rows, train_output = first_rows(config, model, words)
-    overlay = WakeOverlay(
-        model,
-        words.first_new_id,
-        input_rows,
-        output_rows,
-        train_output,
-        offload_input_table=place.device.type == "cuda",
-    )
+    on_gpu = place.device.type == "cuda"
+    rows = input_rows, output_rows, train_output
+    overlay = WakeOverlay(model, words.first_new_id, *rows, offload_input_table=on_gpu)
     overlay.install()
     optimizer = Optimizer(overlay)
     records = writer = None
     if place.rank == 0:
-        texts = {
-            name: (sentry.path / name).read_text(encoding="utf-8") if sentry else ""
+        metrics, samples = (
+            (sentry.path / name).read_text(encoding="utf-8") if sentry else ""
             for name in ("metrics.jsonl", "samples.md")
-        }
-        records = Records(
-            run_dir, config, texts["metrics.jsonl"].splitlines(keepends=True), texts["samples.md"]
         )
+        records = Records(run_dir, config, metrics.splitlines(keepends=True), samples)
         writer = SentryWriter(run_dir / "snapshots", durable, config.keep_sentries, place.say)
         if sentry and sentry.path.parent == writer.local:  # its copy may be what was cut off
             writer.hand_over(sentry.path, sentry.step)
@@ -1684,9 +1609,8 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         numbers = torch.stack([loss_sum, torch.tensor(float(bool(stop.name)), device=place.device)])
         add_up(place, numbers)
         following = prepare_step(step + 1, overlay, run.data, config, place)  # while the card works
-        loss, stopping, norm = torch.cat(
-            [numbers, squares.sqrt()[None]]
-        ).tolist()  # the step's one wait
+        # the step's one wait
+        loss, stopping, norm = torch.cat([numbers, squares.sqrt()[None]]).tolist()
         loss /= tokens_per_step
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SentryError(
@@ -1697,9 +1621,8 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         learning_rate = learning_rate_at(step, config)
         grad_scale = min(1.0, config.max_grad_norm / (norm + 1e-6))
         run.optimizer_step += 1
-        run.optimizer.update(
-            gradients, run.optimizer_step, learning_rate, grad_scale, config.row_coupling
-        )
+        settings = run.optimizer_step, learning_rate, grad_scale, config.row_coupling
+        run.optimizer.update(gradients, *settings)
         if place.dtype == torch.float16:
             run.loss_scale.step_done()
         run.step, batch = step, following
