@@ -29,6 +29,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ if "SentryWriter" not in globals():
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
 GIB = 2**30
 SAMPLE_TOKENS = 48  # tokens that continue each prompt
+START_PATIENCE_SECONDS = 30.0  # for a mounted Drive that hangs while the saves are read
 FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps without one
 # A run may continue although these differ: they change how it runs, not what it computes. The
 # content of lexicon and corpus is compared by hash.
@@ -477,8 +479,6 @@ class HostInputs:
         if self.buffer.shape[1:] != hidden_states.shape:
             shape, pinned = (self.num_layers, *hidden_states.shape), hidden_states.is_cuda
             self.buffer = torch.empty(shape, dtype=hidden_states.dtype, pin_memory=pinned)
-        if number == 0:
-            self.arriving.clear()  # what a backward pass cut short has left
         return self.copy(self.buffer[number], hidden_states.detach())
 
     def copy(self, target: Tensor, source: Tensor) -> "torch.cuda.Event":
@@ -1491,17 +1491,13 @@ def prepare(
 ) -> tuple[NewWords, Data, Sentry | None]:
     """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all."""
     if place.rank == 0:
-        try:
+        with heard_by_all(place):
             if fresh:
                 start_over(config)
             words = extend(config)
             data = load_data(config, words)
             identity = run_identity(config, words, data)
             sentry = find_sentry(config, folders, identity, place, step)
-        except ValueError:
-            if place.world > 1:
-                tell(place, None)
-            raise
         if place.world > 1:
             message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
             tell(place, message)
@@ -1521,6 +1517,17 @@ def prepare(
     return words, data, Sentry(folders[0], *chosen) if chosen else None
 
 
+@contextlib.contextmanager
+def heard_by_all(place: Place):
+    """An error of rank 0's start also ends the others, which wait for its word."""
+    try:
+        yield
+    except ValueError:
+        if place.world > 1:
+            tell(place, None)
+        raise
+
+
 def tell(place: Place, message: object) -> object:
     """Rank 0's message on every process, as JSON."""
     text = bytearray(json.dumps(message).encode("utf-8"))
@@ -1537,7 +1544,14 @@ def find_sentry(
     config: Config, folders: list[Path], identity: dict, place: Place, step: int | None
 ) -> Sentry | None:
     """The sentry to continue from, said aloud; what is damaged and newer is put out of the way."""
-    sentry, skipped = pick_sentry(folders, identity, step)
+    wait = f"still waiting for {folders[-1]}: the newest sentry may be there, so nothing starts yet"
+    slow = threading.Timer(START_PATIENCE_SECONDS, place.say, [wait])
+    slow.daemon = True
+    slow.start()
+    try:
+        sentry, skipped = pick_sentry(folders, identity, step)
+    finally:
+        slow.cancel()
     for reason in skipped:
         place.say(f"passed over: {reason}")
     if sentry is None:
@@ -1692,7 +1706,10 @@ def train(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     place = find_place(config)
-    lock = lock_run(Path(config.run_dir)) if place.rank == 0 else contextlib.nullcontext()
+    lock = contextlib.nullcontext()
+    if place.rank == 0:
+        with heard_by_all(place):
+            lock = lock_run(Path(config.run_dir))
     with lock, StopRequest() as stop, plain_errors(config, place):
         run = begin(config, place, fresh, step)
         place.say(

@@ -102,3 +102,17 @@ def test_out_of_memory_with_single_sequences_ends_the_run(tmp_path, monkeypatch,
         " sentry is good: lower seq_len, or free the GPU"
     )
     assert capsys.readouterr().out.count("repeated with micro_batch_size 1 and all layers") == 1
+
+
+def test_layer_inputs_come_back_each_to_its_layer_and_never_from_a_pass_before():
+    inputs, cpu = train.HostInputs(3, torch.device("cpu")), torch.device("cpu")
+    first, second = torch.randn(2, 3, 1, 4, 8)
+    for number, hidden_states in enumerate(first):
+        inputs.put(number, hidden_states)
+    assert torch.equal(inputs.take(2, cpu), first[2])  # layer 1's is on its way, and is not waited
+    for number, hidden_states in enumerate(second):  # for: the pass ran out of memory
+        inputs.put(number, hidden_states)
+    found = [inputs.take(number, cpu) for number in (2, 1, 0)]
+    assert torch.equal(torch.stack(found[::-1]), second)
+    assert all(tensor.requires_grad and tensor.is_leaf for tensor in found)
+    assert not inputs.arriving

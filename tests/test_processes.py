@@ -6,6 +6,7 @@ Processes are forks with torch imported, started with the variables that torchru
 test is torchrun itself. tests/torture_processes.py kills one of two at random moments, many times.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -229,6 +230,17 @@ def test_an_error_of_process_0_ends_the_others(settings, tmp_path, alone):
         "learning_rate: the run was started with 0.01, now it is 0.5\n"
         "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
     )
+    assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
+
+
+def test_a_locked_run_folder_ends_all_with_its_reason(settings, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with open(run_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = Group(settings, run_dir, 2).finish()
+    line = f"run_dir: another training is using {run_dir}; wait for it, or give another run_dir"
+    assert ended[0] == (1, line)
     assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
 
 

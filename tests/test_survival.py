@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,13 @@ def test_a_stop_signal_ends_no_other_program(settings, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run(settings, tmp_path / "run", max_steps=1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_durable_folder_that_hangs_at_the_start_is_named(settings, tmp_path, monkeypatch, capsys):
+    """Beginning without what it holds could mean beginning again, so the run waits, and says so."""
+    durable, real = tmp_path / "drive", train.pick_sentry
+    monkeypatch.setattr(train, "START_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(train, "pick_sentry", lambda *rest: (time.sleep(0.5), real(*rest))[1])
+    assert run(settings, tmp_path / "run", sentry_dir=str(durable), max_steps=2)["step"] == 2
+    line = f"still waiting for {durable}: the newest sentry may be there, so nothing starts yet"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
