@@ -264,7 +264,7 @@ def compare(bench: Bench, cap: float) -> None:
     def run(name: str, step, num_recomputed: int, inputs: type) -> None:
         train.HostInputs = inputs
         if not (isinstance(step, OurStep) and step.fit.graph):  # a graph replays what it has
-            train.recompute_layers(bench.model, num_recomputed)
+            train.recompute_layers(bench.model.model, num_recomputed)
         clear(bench)
         step()
         results.setdefault(name, []).extend(timed(bench, step) for _ in range(bench.steps))
@@ -272,7 +272,7 @@ def compare(bench: Bench, cap: float) -> None:
 
     host, card = train.HostInputs, CardInputs
     eager = train.fit_to_machine(
-        overlay, bench.data, dataclasses.replace(config, compile="false"), bench.place, bench.model
+        overlay, bench.data, dataclasses.replace(config, compile="false"), bench.place
     )
     micro = eager.micro_batch_size
     step = OurStep(bench, overlay, eager)
@@ -289,7 +289,7 @@ def compare(bench: Bench, cap: float) -> None:
     # Fused pieces stay in the model: from here on the floor is fused too, and the floor no longer.
     for name, inputs in (("ours, inputs on the card", card), ("ours", host)):
         train.HostInputs = inputs
-        fit = train.fit_to_machine(overlay, bench.data, config, bench.place, bench.model)
+        fit = train.fit_to_machine(overlay, bench.data, config, bench.place)
         ours = OurStep(bench, overlay, fit)
         for _ in range(3):
             run(name, ours, fit.recomputed, inputs)
@@ -341,7 +341,7 @@ def main(argv: list[str]) -> None:
     if "ours" in arguments.methods:
         compare(bench, arguments.cap)
     if "peers" in arguments.methods:
-        train.recompute_layers(bench.model, 0)
+        train.recompute_layers(bench.model.model, 0)
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
         bench.model.model.embed_tokens = bench.model.lm_head = None

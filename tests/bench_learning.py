@@ -212,7 +212,7 @@ def run(name: str, recipe: dict, model, config: Config, place: train.Place, base
     optimizer, original = train.Optimizer(overlay), train.adafactor_update
     if set(own) - {"lexicon_text"}:
         train.adafactor_update = own_update(own)
-    fit = train.fit_to_machine(overlay, data, config, place, model)
+    fit = train.fit_to_machine(overlay, data, config, place)
     if "bits" not in base_bits:
         base_bits["bits"] = train.evaluate_base(overlay, data, config, place, 16)
         say(recipe="base model, nothing trained", bits_per_byte=round(base_bits["bits"], 4))

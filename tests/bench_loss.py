@@ -8,7 +8,9 @@ F.cross_entropy, autograd), then the chunked one at each LOSS_CHUNK_POSITIONS. `
 largest error relative to the largest entry of the float64 truth, on the first `--truth` positions
 (12 GiB on the card for Qwen2.5-14B's tables). `seconds` is the median of `--repeats` passes after
 one that warms up; `peak_gib` what a pass takes beside its inputs, null on a CPU, where nothing
-counts it. 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22).
+counts it. 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22). On an H100 (torch 2.11.0, bf16) for
+Qwen2.5-14B's vocabulary: plain 89 ms and 5.7 GiB; in chunks of 256 27 ms and 1.5 GiB, of which 0.84
+are the new rows' gradient; errors of the row gradients 5.5e-4 and 2.0e-4.
 """
 
 import argparse

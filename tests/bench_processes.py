@@ -5,6 +5,8 @@
 
 32 x 128 tokens a step in all, whatever the number of processes; random NF4 weights, 44,223 new
 rows, separate output rows trained: the step of tests/bench_14b.py with train.py's own reductions.
+Two H100 of one host, three rounds: 0.350, 0.349, 0.344 s a step; one: 0.650, 0.647, 0.645 (torch
+2.11.0, NCCL, 2026-11-22); 1.85 to 1.87 x.
 """
 
 import json
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> None:
     data = train.Data(stream, stream[:0], stream[:0], "", None, "")
     bench = bench_14b.Bench(shape, config, place, model, data, 8)
     overlay = bench_14b.make_overlay(bench)
-    fit = train.fit_to_machine(overlay, data, config, place, model)
+    fit = train.fit_to_machine(overlay, data, config, place)
     step = bench_14b.OurStep(bench, overlay, fit)
     step()
     step()

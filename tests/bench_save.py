@@ -4,7 +4,8 @@
 
 44,223 x 5,120 fp32 rows twice, 1.69 GiB a save, three saves. The first figure is all that training
 waits for (train.HostCopies.take and SentryWriter.save); the local write with its hashes and the
-copy, read back and compared, run in the background.
+copy, read back and compared, run in the background. One H100: 0.034 s, 3.4 to 4.0 s, 3.9 to 4.2 s;
+without a GPU, 2 cores: 0.18 s, 6 s, 3 to 6 s (2026-11-22).
 """
 
 import json

@@ -7,6 +7,8 @@ FOLDER gets random bf16 weights in safetensors shards of 3.9 GB, like the hub's,
 9.7 GB with 12 layers. Loads in a process of its own and prints one JSON line. On the card: the most
 allocated while loading, what stays, and where the input table is. On the host: the most anonymous
 memory over what imports take (RssAnon; a shard is mapped, its pages count to no one), every 10 ms.
+On an H100 (torch 2.11.0, 2026-11-22): 3.15 GiB at the most, 3.04 after (transformers 5.0.0 and
+5.17.0; 4.57.6: 3.18), 0.2 GiB of host memory, 5 s.
 """
 
 import argparse

@@ -129,7 +129,7 @@ def test_inputs_of_recomputed_layers_leave_the_card(values):
     for inputs in (KeptInputs, train.HostInputs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "HostInputs", inputs)
-            train.recompute_layers(model, 6)
+            train.recompute_layers(model.model, 6)
         embeds = torch.randn(64, 128, 512, device="cuda", dtype=place.dtype, generator=seeded())
         embeds.requires_grad_()
         torch.cuda.synchronize()

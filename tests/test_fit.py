@@ -116,3 +116,22 @@ def test_layer_inputs_come_back_each_to_its_layer_and_never_from_a_pass_before()
     assert torch.equal(torch.stack(found[::-1]), second)
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in found)
     assert not inputs.arriving
+
+
+@pytest.mark.parametrize(
+    "gib_of_kept, limit, wanted",
+    [
+        (lambda kept: 10 + 0.2 * kept, 12.9, 14),
+        (lambda kept: 10 + 0.2 * kept, 30.0, 48),  # all of them
+        (lambda kept: 10 + 0.2 * kept, 10.1, 0),
+        (lambda kept: 10 + (0.2 if kept <= 4 else 0.25) * kept, 12.9, 11),  # 14, 13, 12 do not fit
+        (lambda kept: 10 + 0.2 * kept if kept <= 6 else None, 12.9, 6),  # out of memory above 6
+        (lambda kept: 10 if kept == 0 else None, 12.9, 0),
+    ],
+)
+def test_as_many_layers_keep_their_activations_as_fit(gib_of_kept, limit, wanted):
+    def peak_of(recomputed: int) -> float | None:
+        gib = gib_of_kept(48 - recomputed)
+        return gib and gib * train.GIB
+
+    assert train.kept_layers(peak_of, 10 * train.GIB, 48, limit * train.GIB) == wanted

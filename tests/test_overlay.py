@@ -273,12 +273,12 @@ def test_recomputing_layers_gives_the_same_bits(family):
         for layer in model.model.layers:
             for part in (layer, layer.self_attn):
                 part.register_forward_hook(lambda module, *_, calls=calls: calls.append(module))
-        train.recompute_layers(model, num_layers)
+        train.recompute_layers(model.model, num_layers)
         run_accumulate(overlay, make_batch(overlay))
         assert len(calls) == 4 + num_layers  # the parts run twice
         found.append(torch.cat([overlay.input_grad, overlay.output_grad]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    train.recompute_layers(model, 0)
+    train.recompute_layers(model.model, 0)
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
 
