@@ -130,9 +130,7 @@ def test_one_gradient_for_all_untouched_rows_is_the_dense_call(num_rows, share):
     assert_same_path(rows.double(), library, torch.zeros(num_rows, 6))
 
 
-# ------------------------------------------------------------------------------------------------
-# The rows' coupling
-# ------------------------------------------------------------------------------------------------
+# ---- The rows' coupling --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coupling", [0.0, 4.0])
@@ -186,9 +184,7 @@ def test_the_optimizers_plain_update_has_no_coupling():
     assert (moved[0] != 1).any(dim=1).tolist() == [False, False, False, True, False]
 
 
-# ------------------------------------------------------------------------------------------------
-# Whole steps
-# ------------------------------------------------------------------------------------------------
+# ---- Whole steps ---------------------------------------------------------------------------------
 
 CASES = ["separate", "shared", "frozen"]
 

@@ -434,9 +434,7 @@ def test_neighbours(tmp_path: Path, capsys) -> None:
         main("neighbours", str(run), "stone")
 
 
-# ------------------------------------------------------------------------------------------------
-# A seed of the original notebooks
-# ------------------------------------------------------------------------------------------------
+# ---- A seed of the original notebooks ------------------------------------------------------------
 
 GAP = 3  # new ids in the table's padding, which the notebooks never trained: 399 on Qwen2.5
 
@@ -527,9 +525,7 @@ def test_import_refuses(tmp_path: Path) -> None:
     assert refusal(seed).startswith(f"{run / 'config.yaml'}: missing")
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# The installed model is the model with resized tables
-# ------------------------------------------------------------------------------------------------
+# ---- The installed model is the model with resized tables ----------------------------------------
 
 
 # bf16 keeps 8 bits; sums of 32 products differ in order, and short inputs use the rows in fp32.
@@ -151,9 +149,7 @@ def test_padding_rows_of_the_base_table_change_no_gradient():
     assert_close(*grads, 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------
-# The old model afterwards
-# ------------------------------------------------------------------------------------------------
+# ---- The old model afterwards --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, rows", CASES)
@@ -194,9 +190,7 @@ def test_installing_twice_still_gives_the_old_model_back():
     assert type(model.get_input_embeddings()) is nn.Embedding
 
 
-# ------------------------------------------------------------------------------------------------
-# Gradients
-# ------------------------------------------------------------------------------------------------
+# ---- Gradients -----------------------------------------------------------------------------------
 
 
 def reference_gradients(reference: nn.Module, batch: train.StepBatch):
@@ -302,9 +296,7 @@ def test_only_the_input_rows_in_use_get_a_gradient():
     assert torch.equal(overlay.input_grad, torch.tensor([[1.0 + 3.0], [2.0]]).expand(2, 32))
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows at the start
-# ------------------------------------------------------------------------------------------------
+# ---- Rows at the start ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -334,9 +326,7 @@ def test_spherical_rows_have_the_radius_of_the_first_runs(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ------------------------------------------------------------------------------------------------
-# What the overlay cannot serve
-# ------------------------------------------------------------------------------------------------
+# ---- What the overlay cannot serve ---------------------------------------------------------------
 
 
 def test_more_tokens_than_rows_in_the_table_are_refused():
@@ -397,9 +387,7 @@ def test_an_embedding_with_max_norm_is_refused():
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Quantized heads
-# ------------------------------------------------------------------------------------------------
+# ---- Quantized heads -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("double_quantization", [False, True])

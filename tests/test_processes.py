@@ -143,9 +143,7 @@ def alone(settings, tmp_path_factory) -> Path:
     return run_dir
 
 
-# ------------------------------------------------------------------------------------------------
-# The same training
-# ------------------------------------------------------------------------------------------------
+# ---- The same training ---------------------------------------------------------------------------
 
 
 class NoOverlay:
@@ -203,9 +201,7 @@ def test_killed_and_continued_with_other_numbers(settings, tmp_path, alone):
     assert_same(run_dir, alone)
 
 
-# ------------------------------------------------------------------------------------------------
-# Who writes, who chooses
-# ------------------------------------------------------------------------------------------------
+# ---- Who writes, who chooses ---------------------------------------------------------------------
 
 
 def test_another_node_has_no_folder_and_writes_none(settings, tmp_path, alone):
@@ -273,9 +269,7 @@ def test_a_stop_signal_to_one_stops_all_at_one_step(settings, tmp_path):
     assert ended[0][1].splitlines()[-1] == line.format("a signal to another process")
 
 
-# ------------------------------------------------------------------------------------------------
-# torchrun itself
-# ------------------------------------------------------------------------------------------------
+# ---- torchrun itself -----------------------------------------------------------------------------
 
 
 def test_max_restarts_goes_on_by_itself(settings, tmp_path, alone):

@@ -61,9 +61,7 @@ def model_without_weights(tmp_path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# Before torch
-# ------------------------------------------------------------------------------------------------
+# ---- Before torch --------------------------------------------------------------------------------
 
 
 def light(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -173,9 +171,7 @@ def test_dry_run_plans_without_heavy_imports_and_writes_nothing(tmp_path):
     assert not run_dir.exists()
 
 
-# ------------------------------------------------------------------------------------------------
-# With torch, before the model
-# ------------------------------------------------------------------------------------------------
+# ---- With torch, before the model ----------------------------------------------------------------
 
 
 def train_command(log: str, arguments: list[str], environment: dict[str, str]) -> None:
@@ -283,9 +279,7 @@ def test_a_second_training_on_one_run_folder(start, tmp_path, model_without_weig
         assert_no_model(start, tmp_path, model_without_weights, [], [line])
 
 
-# ------------------------------------------------------------------------------------------------
-# Killed and continued
-# ------------------------------------------------------------------------------------------------
+# ---- Killed and continued ------------------------------------------------------------------------
 
 
 def losses(run_dir: Path) -> list[tuple]:

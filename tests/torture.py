@@ -58,9 +58,7 @@ NOT_COMPARED = ("step_seconds", "tokens_per_second")
 SPOILED = "spoiled_by_torture"  # a file that marks what was damaged on purpose
 ONE_RUN_SECONDS = 180  # a run that takes longer hangs
 
-# ------------------------------------------------------------------------------------------------
-# Damages: each takes the folder of a whole sentry
-# ------------------------------------------------------------------------------------------------
+# ---- Damages: each takes the folder of a whole sentry --------------------------------------------
 
 
 def edit_state(path: Path, **changes) -> None:
@@ -114,9 +112,7 @@ DAMAGES: dict[str, Callable] = {
     "missing file": remove_file,
 }
 
-# ------------------------------------------------------------------------------------------------
-# Troubles: each takes a chain, begins, and gives back what ends it
-# ------------------------------------------------------------------------------------------------
+# ---- Troubles: each takes a chain, begins, and gives back what ends it ---------------------------
 
 
 def fill(folder: Path) -> Callable:
@@ -174,9 +170,7 @@ TROUBLES: dict[str, Callable] = {
 }
 NEED_MOUNT = ("local disk full", "durable full", "durable read-only")
 
-# ------------------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -324,9 +318,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records]
 
 
-# ------------------------------------------------------------------------------------------------
-# What must hold
-# ------------------------------------------------------------------------------------------------
+# ---- What must hold ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -427,9 +419,7 @@ def check_end(tally: Tally, chain: Chain) -> None:
     tally.require(samples == reference.samples, chain, "other samples at the end")
 
 
-# ------------------------------------------------------------------------------------------------
-# A chain
-# ------------------------------------------------------------------------------------------------
+# ---- A chain -------------------------------------------------------------------------------------
 
 
 def choose_fault(rng: random.Random, step: int) -> str:
