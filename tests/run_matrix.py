@@ -26,7 +26,8 @@ import env_shim
 # torch 2.9 is not in `oldest`: for Linux x86-64 PyPI has 2.9.1 only as a CUDA wheel of 900 MB that
 # needs NVIDIA's packages besides (looked up 2026-11-22); the CPU wheel to be had is 2.13.0.
 TORCH = "torch==2.13.0"
-TEST_TOOLS = ["pytest", "peft==0.21.2", "ipykernel", "nbclient"]
+PARALLEL = ["-n", "2", "--dist", "loadfile"]  # as the README says; two files at a time
+TEST_TOOLS = ["pytest", "pytest-xdist", "peft==0.21.2", "ipykernel", "nbclient"]
 # transformers 5.0.0 is Colab's 2026.02 image; bitsandbytes 0.49 is where CPU weights are repacked.
 MIDDLE = {"transformers": "5.0.0", "accelerate": "1.12.0", "bitsandbytes": "0.49.1"}
 
@@ -67,7 +68,7 @@ def install(name: str, folder: Path) -> None:
 def run_suite(folder: Path) -> tuple[str, float, bool]:
     """Run the tests; returns pytest's closing counts, seconds, and whether all passed."""
     started = time.perf_counter()
-    command = [str(python_of(folder)), "-m", "pytest", "-q", "tests"]
+    command = [str(python_of(folder)), "-m", "pytest", "-q", *PARALLEL, "tests"]
     lines = []
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -260,6 +260,7 @@ def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, st
     """Training goes on to the same end with one warning, of the steps at risk; the last line says
     what to copy by hand. When the folder is back, the next run's saves are there."""
     durable, gate = tmp_path / "drive" / "saves", threading.Event()
+    before = set(threading.enumerate())
     with monkeypatch.context() as patch:
         if trouble == "gone":
             durable.parent.write_text("not a folder")
@@ -282,7 +283,7 @@ def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, st
             patch.setattr(recover, "copy_bytes", no_space)
         result = run(settings, tmp_path / "run", sentry_dir=str(durable))
     gate.set()
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+    for thread in set(threading.enumerate()) - before:
         thread.join(10)  # what hung is through before the next run begins
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
     warnings = [line for line in warnings if str(durable) in line]
