@@ -47,10 +47,8 @@ def test_the_two_commands_start_from_a_bare_python():
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
     sample, tests = shell_blocks()[:2]
     assert sample == f"{install} && python train.py configs/sample.yaml\n"
-    assert (
-        tests
-        == f"{install} -r tests/requirements.txt && python -m pytest -q -n 2 --dist loadfile tests\n"
-    )
+    pytest_command = "python -m pytest -q -n 2 --dist loadfile tests"
+    assert tests == f"{install} -r tests/requirements.txt && {pytest_command}\n"
 
 
 def test_ci_runs_the_readmes_own_test_command():
