@@ -479,7 +479,9 @@ class HostInputs:
         self.side.wait_stream(self.backend.current_stream())
         with self.backend.stream(self.side):
             target.copy_(source, non_blocking=True)
-            return self.side.record_event()
+        done = self.backend.Event()
+        done.record(self.side)
+        return done
 
     def fetch(self, number: int, device: torch.device) -> tuple[Tensor, "torch.cuda.Event"]:
         hidden_states = torch.empty_like(self.buffer[number], device=device)
@@ -487,10 +489,10 @@ class HostInputs:
 
     def take(self, number: int, device: torch.device) -> Tensor:
         """The layer's input back on the device, (B, T, H); the one before it starts to come."""
-        hidden_states, event = self.arriving.pop(number, None) or self.fetch(number, device)
+        hidden_states, here = self.arriving.pop(number, None) or self.fetch(number, device)
         if number > 0:
             self.arriving[number - 1] = self.fetch(number - 1, device)
-        self.backend.current_stream().wait_event(event)
+        here.wait()
         return hidden_states.requires_grad_()
 
 
@@ -514,11 +516,8 @@ def recomputing(forward, number: int, inputs: HostInputs):
     def call(hidden_states: Tensor, *arguments, **keywords):
         if not torch.is_grad_enabled():
             return forward(hidden_states, *arguments, **keywords)
-        device, sent, given = (
-            hidden_states.device,
-            inputs.put(number, hidden_states),
-            [hidden_states],
-        )
+        given, device = [hidden_states], hidden_states.device
+        sent = inputs.put(number, hidden_states)
 
         def run(*arguments, **keywords):
             source = given.pop() if given else inputs.take(number, device)
@@ -528,7 +527,7 @@ def recomputing(forward, number: int, inputs: HostInputs):
             run, *arguments, use_reentrant=False, preserve_rng_state=False,
             determinism_check="none", **keywords,
         )  # fmt: skip
-        inputs.backend.current_stream().wait_event(sent)
+        sent.wait()  # and only now may its memory be used again
         return outputs
 
     return call

@@ -92,25 +92,21 @@ class Bench:
     model: nn.Module
     data: train.Data
     steps: int
+    medians: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by method
 
     @property
     def tokens(self) -> int:
         return self.config.effective_batch_size * self.config.seq_len
 
 
-def report(method: str, seconds: list[float], bench: Bench, **more) -> dict:
-    """Print and return one JSON line; the first timing of each method is warm-up and left out."""
-    timed = seconds[1:] or seconds
-    result = {
-        "method": method,
-        "step_seconds": round(statistics.median(timed), 4),
-        "spread": round(max(timed) - min(timed), 4),
-        "tokens_per_second": round(bench.tokens / statistics.median(timed)),
-        "peak_gib": round(peak_gib(bench), 2),
-        **more,
-    }
-    print(json.dumps(result), flush=True)
-    return result
+def report(method: str, seconds: list[float], bench: Bench) -> None:
+    """Print one JSON line; the first timing is warm-up and left out."""
+    bench.medians[method] = median = statistics.median(seconds[1:])
+    print(json.dumps({
+        "method": method, "step_seconds": round(median, 4),
+        "spread": round(max(seconds[1:]) - min(seconds[1:]), 4),
+        "tokens_per_second": round(bench.tokens / median), "peak_gib": round(peak_gib(bench), 2),
+    }), flush=True)  # fmt: skip
 
 
 def peak_gib(bench: Bench) -> float:
@@ -175,7 +171,7 @@ class CardInputs(train.HostInputs):
 
     def put(self, number: int, hidden_states: Tensor) -> "torch.cuda.Event":
         self.arriving[number] = hidden_states.detach()
-        return self.backend.current_stream().record_event()
+        return self.backend.Event()
 
     def take(self, number: int, device: torch.device) -> Tensor:
         return self.arriving.pop(number).requires_grad_()
@@ -295,16 +291,14 @@ def compare(bench: Bench, cap: float) -> None:
             run(name, ours, fit.recomputed, inputs)
         peaks[name], notes[name] = max(peaks[name], fit.peak_bytes / train.GIB), fit.note
         fit.graph = None
-    floor_seconds = statistics.median(results["floor"])
     for name, seconds in results.items():
-        median = statistics.median(seconds)
+        bench.medians[name] = median = statistics.median(seconds)
         print(json.dumps({
             "method": name, "micro_batch_size": micro, "seq_len": config.seq_len,
             "layers_recomputed": recomputed[name],
             "step_seconds": round(median, 4), "spread": round(max(seconds) - min(seconds), 4),
             "tokens_per_second": round(bench.tokens / median), "peak_gib": round(peaks[name], 2),
-            "cap_gib": cap, "ratio_to_floor": round(median / floor_seconds, 3),
-            "note": notes.get(name, ""),
+            "cap_gib": cap, "note": notes.get(name, ""),
         }), flush=True)  # fmt: skip
     overlay.uninstall()
 
@@ -348,6 +342,9 @@ def main(argv: list[str]) -> None:
         for micro, peft in ((1, False), (4, False), (1, True)):
             clear(bench)
             original_method(bench, micro, peft)
+    if floor := bench.medians.get("floor"):
+        ratios = {name: round(seconds / floor, 3) for name, seconds in bench.medians.items()}
+        print(json.dumps({"ratio_to_floor": ratios}), flush=True)
 
 
 if __name__ == "__main__":
