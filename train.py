@@ -415,14 +415,12 @@ def load_model(config: Config, place: Place):
     try:
         settings["device_map"] = placement(config, place)
         if config.quantization == "nf4":
+            # without the last no module may stay on the CPU; with it none there is quantized
             settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=place.dtype,
-                # without it no module may stay on the CPU; with it none that is there is quantized
                 llm_int8_enable_fp32_cpu_offload=len(settings["device_map"]) > 1,
-            )
+            )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
@@ -1260,14 +1258,9 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
         fit.recomputed = num_layers if config.gradient_checkpointing == "true" else 0
         recompute_layers(overlay.body, fit.recomputed)
         return fit
-    use_graph = False
-    if config.compile != "false":
-        try:
-            fuse_elementwise(overlay.model[0])
-            # float16 decides after each pass whether to repeat it, which no graph can
-            use_graph, fit.note = place.dtype == torch.bfloat16, ", fused"
-        except (RuntimeError, ImportError) as error:
-            fit.note = f", not fused: {str(error).strip().splitlines()[0]}"
+    fused = config.compile != "false" and try_to_fuse(fit, overlay)
+    # float16 decides after each pass whether to repeat it, which no graph can
+    use_graph = fused and place.dtype == torch.bfloat16
     batch = prepare_step(1, overlay, data, config, place)
     for fit.micro_batch_size in sizes:
         peak_of = functools.partial(peak_bytes, overlay, batch, fit.micro_batch_size)
@@ -1292,6 +1285,16 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
     if use_graph:
         capture(fit, overlay, (fit.micro_batch_size, config.seq_len), 1.0 / batch.all_ids.numel())
     return fit
+
+
+def try_to_fuse(fit: Fit, overlay: WakeOverlay) -> bool:
+    """Fuse elementwise work, or say in fit.note why not."""
+    try:
+        fuse_elementwise(overlay.model[0])
+        fit.note = ", fused"
+    except (RuntimeError, ImportError) as error:
+        fit.note = f", not fused: {str(error).strip().splitlines()[0]}"
+    return fit.note == ", fused"
 
 
 def capture(fit: Fit, overlay: WakeOverlay, shape: tuple[int, int], scale: float) -> None:
