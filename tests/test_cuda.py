@@ -44,6 +44,7 @@ def values(tmp_path_factory) -> dict:
         "model_name": str(folder / "model"), **write_words(folder), "device": "cuda",
         "seq_len": 64, "effective_batch_size": 32, "max_steps": 8, "learning_rate": 0.01,
         "log_every": 1, "eval_every": 8, "save_every": 4, "snapshot_every": 4,
+        "prompts": ["the glimock saw"],
     }  # fmt: skip
 
 
