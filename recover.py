@@ -802,7 +802,7 @@ def model_card(sentry: Sentry, settings: dict, loading: str, form: str) -> str:
         table += [row.format(**record) for record in evals]
     keys = (
         "init", "output_rows", "token_matching", "seq_len", "effective_batch_size", "learning_rate",
-        "warmup_ratio", "max_steps", "quantization", "seed",
+        "warmup_ratio", "row_coupling", "max_steps", "quantization", "seed",
     )  # fmt: skip
     recipe = ", ".join(f"{key} {settings[key]}" for key in keys)
     first, num = state["first_new_id"], state["num_new_tokens"]
