@@ -283,9 +283,6 @@ class Data:
     bos_id: int | None
     sha256: str
 
-    def num_sequences(self, stream: Tensor, seq_len: int) -> int:
-        return (len(stream) - 1) // seq_len
-
 
 def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, str]:
     """Cut off the end of each of `parts` equal pieces as held-out text, at line ends if possible.
@@ -335,6 +332,11 @@ def load_data(config: Config, words: NewWords) -> Data:
             )
     text_hash = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
     return Data(**streams, val_text=val_text, bos_id=words.bos_id, sha256=text_hash)
+
+
+def count_sequences(stream: Tensor, seq_len: int) -> int:
+    """How many whole sequences with a target for each token a stream holds."""
+    return (len(stream) - 1) // seq_len
 
 
 def sequences(
@@ -821,9 +823,8 @@ class Optimizer:
 
 def shares(num_sequences: int, micro_batch_size: int, place: Place) -> Iterator[range]:
     """The numbers of this process's sequences, a micro-batch at a time."""
-    for start in range(
-        place.rank * micro_batch_size, num_sequences, place.world * micro_batch_size
-    ):
+    step = place.world * micro_batch_size
+    for start in range(place.rank * micro_batch_size, num_sequences, step):
         yield range(start, min(start + micro_batch_size, num_sequences))
 
 
@@ -836,7 +837,7 @@ def evaluate(
     -> val_loss (nats per predicted token), val_bits_per_byte (of the text those tokens stand for,
     so comparable across vocabularies); val_loss_new_words, val_loss_ordinary by kind of target.
     """
-    num_sequences = data.num_sequences(data.val, config.seq_len)
+    num_sequences = count_sequences(data.val, config.seq_len)
     sums = torch.zeros(2, 2, dtype=torch.float64)  # nats and count; on ordinary and new targets
     for numbers in shares(num_sequences, micro_batch_size, place):
         x, y = sequences(data.val, torch.tensor(numbers), config.seq_len, data.bos_id)
@@ -866,7 +867,7 @@ def evaluate_base(
     """
     tokenizer = base_tokenizer(config)
     ends, seq_len = data.val_ends.tolist(), config.seq_len
-    num_sequences = data.num_sequences(data.val, seq_len)
+    num_sequences = count_sequences(data.val, seq_len)
     total = torch.zeros(1, dtype=torch.float64)
     for numbers in shares(num_sequences, micro_batch_size, place):
         pairs = []
@@ -1171,7 +1172,7 @@ def prepare_step(
 ) -> StepBatch:
     """Look the step's sequences up and start their way to the card, which waits for none."""
     size = config.effective_batch_size
-    num_sequences = data.num_sequences(data.train, config.seq_len)
+    num_sequences = count_sequences(data.train, config.seq_len)
     numbers = step_sequence_numbers(step, size, num_sequences, config.seed)
     x, y = sequences(data.train, numbers, config.seq_len, data.bos_id)
     share = slice(place.rank * size // place.world, (place.rank + 1) * size // place.world)

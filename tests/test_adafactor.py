@@ -247,7 +247,7 @@ def assert_rows_are_plain_pytorchs(config: Config, mode: str, first: int, rates,
     start = [torch.stack([t[ids].mean(dim=0) for ids in words.spellings]) for t in tables]
     start[0][len(words.words) - len(seed_rows) :] = seed_rows
     start = start[0], None if mode == "shared" else start[1]
-    count = data.num_sequences(data.train, config.seq_len)
+    count = train.count_sequences(data.train, config.seq_len)
     batches = [
         (train.step_sequence_numbers(step, 4, count, config.seed), rate)
         for step, rate in enumerate(rates, first)
