@@ -131,8 +131,6 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             begin, end = entry["data_offsets"]
             place = 8 + length + begin, end - begin
             found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), *place)
-    except FileNotFoundError:
-        raise SentryError(f"{path}: missing; --base names another model folder") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SentryError(f"{path}: not a safetensors file") from None
     return dict(sorted(found.items(), key=lambda item: item[1].offset))
@@ -300,10 +298,9 @@ def check_sentry(path: Path, expected: dict) -> Sentry:
         for name, (size, sha256) in records.items():
             if not (path / name).is_file():
                 raise SentryError(f"{path}: {name} is missing")
-            found = file_record(path / name)
-            if found["size"] != size:
-                raise SentryError(f"{path}: {name} is {found['size']:,} bytes instead of {size:,}")
-            if found["sha256"] != sha256:
+            if (found := (path / name).stat().st_size) != size:  # told without reading it
+                raise SentryError(f"{path}: {name} is {found:,} bytes instead of {size:,}")
+            if file_record(path / name)["sha256"] != sha256:
                 raise SentryError(f"{path}: {name} does not have the SHA-256 that {MARKER} says")
         for name, tensor in stored_tensors(path / "rows.safetensors").items():
             blocks = row_blocks(tensor) if tensor.dtype in FLOAT_TYPES else ()
@@ -560,6 +557,13 @@ def base_file(settings: dict, name: str) -> Path:
     return folder / name
 
 
+def base_tensors(path: Path) -> dict[str, StoredTensor]:
+    """stored_tensors of a file of the base model. Raises: SentryError, also where it is missing."""
+    if not path.is_file():
+        raise SentryError(f"{path}: missing; --base names another model folder")
+    return stored_tensors(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseTables:
     """Which file holds which of the base model's tensors; head None: it has none of its own."""
@@ -572,10 +576,9 @@ class BaseTables:
 
     def table(self, name: str, num_rows: int) -> StoredTensor:
         """The first rows of a table, without its padding."""
-        path = base_file(self.settings, self.weight_map[name])
-        table = stored_tensors(path)[name]
+        table = base_tensors(base_file(self.settings, self.weight_map[name]))[name]
         if table.shape[0] < num_rows or table.dtype not in FLOAT_TYPES:
-            raise SentryError(f"{path}: {name} is {table.dtype} {table.shape}")
+            raise SentryError(f"{table.path}: {name} is {table.dtype} {table.shape}")
         return table.first_rows(num_rows)
 
 
@@ -586,7 +589,7 @@ def base_tables(settings: dict) -> BaseTables:
     if index.is_file() and not single.is_file():
         weight_map = read_json(index)["weight_map"]
     else:
-        weight_map = dict.fromkeys(stored_tensors(single), single.name)
+        weight_map = dict.fromkeys(base_tensors(single), single.name)
     found = [
         [name for name in weight_map if re.search(rf"(^|\.)({pattern})\.weight$", name)]
         for pattern in ("embed_tokens|wte|embed_in", "lm_head|embed_out")
@@ -747,7 +750,8 @@ def export_merged(sentry: Sentry, settings: dict, part: Path) -> str:
         changed[head] = kept, rows["output_rows" if separate else "input_rows"]
     total, files = 0, sorted(set(weight_map.values()))
     for file in files:
-        pieces = {n: (tensor,) for n, tensor in stored_tensors(base_file(settings, file)).items()}
+        stored = base_tensors(base_file(settings, file))
+        pieces = {name: (tensor,) for name, tensor in stored.items()}
         pieces |= {n: tables for n, tables in changed.items() if weight_map[n] == file}
         total += write_pieces(part / file, pieces)
     if len(files) > 1:

@@ -173,7 +173,7 @@ class CardInputs(train.HostInputs):
         self.arriving[number] = hidden_states.detach()
         return self.backend.Event()
 
-    def take(self, number: int, device: torch.device) -> Tensor:
+    def take(self, number: int) -> Tensor:
         return self.arriving.pop(number).requires_grad_()
 
 

@@ -5,7 +5,6 @@
 GPU kernels add in an order of their own, so runs are compared within a tolerance.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 from bench_14b import CardInputs
-from tiny_models import make_tokenizer, write_words
+from tiny_models import save_folder, step_losses, write_words
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train
@@ -36,15 +35,12 @@ def values(tmp_path_factory) -> dict:
     """Settings of a short run: a random Qwen2 of 27 million weights, large enough to fill MiB."""
     folder = tmp_path_factory.mktemp("cuda")
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
-    make_tokenizer().save(str(folder / "model" / "tokenizer.json"))
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     return {
-        "model_name": str(folder / "model"), **write_words(folder), "device": "cuda",
-        "seq_len": 64, "effective_batch_size": 32, "max_steps": 8, "learning_rate": 0.01,
-        "log_every": 1, "eval_every": 8, "save_every": 4, "snapshot_every": 4,
-        "prompts": ["the glimock saw"],
+        "model_name": str(save_folder(model, folder / "model")), **write_words(folder),
+        "device": "cuda", "seq_len": 64, "effective_batch_size": 32, "max_steps": 8,
+        "learning_rate": 0.01, "log_every": 1, "eval_every": 8, "save_every": 4,
+        "snapshot_every": 4, "prompts": ["the glimock saw"],
     }  # fmt: skip
 
 
@@ -55,14 +51,9 @@ def whole_card():
     torch.cuda.empty_cache()
 
 
-def losses(run_dir: Path) -> list[float]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
-
-
 def run(values: dict, run_dir: Path, **changes) -> list[float]:
     train.train(Config(**{**values, "run_dir": str(run_dir), **changes}))
-    return losses(run_dir)
+    return step_losses(run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +176,7 @@ def test_a_stopped_run_continues(values, eager, tmp_path):
         patch.setattr(train, "step_line", stop_after_four)
         assert train.train(Config(**values, run_dir=str(run_dir)))["stopped"] == "SIGTERM"
     assert train.train(Config(**values, run_dir=str(run_dir)))["step"] == 8
-    assert losses(run_dir) == pytest.approx(eager, rel=5e-3)
+    assert step_losses(run_dir) == pytest.approx(eager, rel=5e-3)
 
 
 def stop_after_four(record: dict, _run, line=train.step_line) -> str:
@@ -200,4 +191,4 @@ def test_two_cards_take_the_same_steps(values, eager, tmp_path):
     config.write_text(yaml.safe_dump({**values, "run_dir": str(tmp_path / "run")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
     subprocess.run([*command, str(config)], cwd=ROOT, check=True)
-    assert losses(tmp_path / "run") == pytest.approx(eager, rel=5e-3)
+    assert step_losses(tmp_path / "run") == pytest.approx(eager, rel=5e-3)

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import FIRST_NEW_ID, make_model, random_rows, save_model, write_words
+from tiny_models import (
+    FIRST_NEW_ID, make_model, random_rows, save_model, step_losses, write_words,
+)  # fmt: skip
 
 import train
 from extend_tokenizer import Config, ConfigError
@@ -27,11 +29,6 @@ def settings(folder: Path, family: str = "qwen2_untied", **changes) -> Config:
         "log_every": 1, "eval_every": 6, "save_every": 6, "snapshot_every": 6,
     }  # fmt: skip
     return Config(**{**values, **changes})
-
-
-def losses(config: Config) -> list[float]:
-    lines = Path(config.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_untied", "phi3"])
@@ -93,7 +90,8 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(tmp_path, mon
         " layers recomputed"
         for size in (2, 1)
     ]
-    assert losses(config) == pytest.approx(losses(wanted), rel=1e-5)
+    undisturbed = step_losses(Path(wanted.run_dir))
+    assert step_losses(Path(config.run_dir)) == pytest.approx(undisturbed, rel=1e-5)
 
 
 def test_out_of_memory_with_single_sequences_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -108,14 +106,14 @@ def test_out_of_memory_with_single_sequences_ends_the_run(tmp_path, monkeypatch,
 
 
 def test_layer_inputs_come_back_each_to_its_layer_and_never_from_a_pass_before():
-    inputs, cpu = train.HostInputs(3, torch.device("cpu")), torch.device("cpu")
+    inputs = train.HostInputs(3, torch.device("cpu"))
     first, second = torch.randn(2, 3, 1, 4, 8)
     for number, hidden_states in enumerate(first):
         inputs.put(number, hidden_states)
-    assert torch.equal(inputs.take(2, cpu), first[2])  # layer 1's is on its way, and is not waited
+    assert torch.equal(inputs.take(2), first[2])  # layer 1's is on its way, and is not waited
     for number, hidden_states in enumerate(second):  # for: the pass ran out of memory
         inputs.put(number, hidden_states)
-    found = [inputs.take(number, cpu) for number in (2, 1, 0)]
+    found = [inputs.take(number) for number in (2, 1, 0)]
     assert torch.equal(torch.stack(found[::-1]), second)
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in found)
     assert not inputs.arriving

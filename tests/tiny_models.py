@@ -150,8 +150,12 @@ def make_tokenizer() -> Tokenizer:
 
 
 def save_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    return save_folder(make_model(family, dtype), folder)
+
+
+def save_folder(model: nn.Module, folder: Path) -> Path:
     """Model and tokenizer as an ordinary local folder."""
-    make_model(family, dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -198,3 +202,9 @@ def write_words(folder: Path, num_words: int = 20) -> dict[str, str]:
     (folder / "lexicon.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     (folder / "corpus.txt").write_text("".join(lines), encoding="utf-8")
     return {"lexicon": str(folder / "lexicon.txt"), "corpus": str(folder / "corpus.txt")}
+
+
+def step_losses(run_dir: Path) -> list[float]:
+    """The training losses in a run folder's metrics.jsonl, step by step."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
