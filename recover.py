@@ -443,6 +443,10 @@ class SentryWriter:
         self.finish_local()
         if copying := self.copying:
             copying.join(timeout_seconds)
+        with self.guard:
+            spare = self.waiting, self.in_copy
+        with contextlib.suppress(OSError, SentryError):  # too many saves are no loss
+            prune(self.local, self.keep, spare)  # of those that a copy held back until now
         if self.newest_step and self.durable_step != self.newest_step:
             held = "nothing" if self.durable_step is None else f"step {self.durable_step}"
             self.say(
