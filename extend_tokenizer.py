@@ -245,7 +245,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:500]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -43,7 +43,7 @@ if "check_environment" not in globals():
 if "Config" not in globals():
     from extend_tokenizer import (
         Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, divisors,
-        extend, format_report, load_config, new_words_hash, plan_new_words, read_corpus,
+        extend, format_report, load_config, new_words_hash, one_line, plan_new_words, read_corpus,
         read_lexicon, run_command, write_config, write_text,
     )  # fmt: skip
 if "SentryWriter" not in globals():
@@ -427,9 +427,7 @@ def load_model(config: Config, place: Place):
             )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"model_name: {config.model_name}: {' '.join(str(error).split())}"
-        ) from error
+        raise ConfigError(f"model_name: {config.model_name}: {one_line(error)}") from error
     remove_hook_from_submodules(model)  # they would carry the input table to the card at each use
     model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
     keep_cpu_weights_plain(model)
@@ -1031,7 +1029,7 @@ class Progress:
 
     def __init__(self, place: Place, config: Config, first_step: int):
         self.place, self.config, self.first_step = place, config, first_step
-        self.terminal = sys.stdout.isatty()
+        self.terminal = place.rank == 0 and sys.stdout.isatty()
         self.drawn_at, self.width, self.seconds = 0.0, 0, []
 
     def step(self, step: int, line: str, seconds: float) -> None:

@@ -60,7 +60,7 @@ class Notebook:
                 if stop_at and stop_at in printed[-1]:
                     self.manager.interrupt_kernel()
 
-        reply = self.client.execute_interactive(cell, output_hook=collect, timeout=90)
+        reply = self.client.execute_interactive(cell, output_hook=collect, timeout=300)
         text = "".join(printed)
         assert reply["content"]["status"] == "ok", text
         return text
@@ -164,7 +164,7 @@ def run_recipe(folder: Path) -> list[str]:
         cells = [cell.replace(old, new) for cell in cells]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     return [json.dumps(cell.outputs).replace("\\n", "\n") for cell in notebook.cells]
 
 

@@ -1,16 +1,22 @@
-"""Proves what a person reads of a run: the continued prompts and the loss table, letter by letter.
+"""Proves what a person reads of a run, letter by letter: progress, continued prompts, loss table.
 
 python -m pytest tests/test_records.py
 """
 
+import dataclasses
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny_models import FIRST_NEW_ID, make_tokenizer
 from tokenizers import AddedToken
 
 import train
 from extend_tokenizer import Config
+
+
+CONFIG = Config(model_name="-", lexicon="-", corpus="-", run_dir="-")
 
 
 def continue_with(prompt: str, *pieces: str | int) -> str:
@@ -25,8 +31,7 @@ def continue_with(prompt: str, *pieces: str | int) -> str:
 
     model = SimpleNamespace(device=torch.device("cpu"), generate=generate)
     words = SimpleNamespace(tokenizer=tokenizer, first_new_id=FIRST_NEW_ID)
-    config = Config(model_name="-", lexicon="-", corpus="-", run_dir="-", prompts=(prompt,))
-    return train.sample(model, config, words)[0]
+    return train.sample(model, dataclasses.replace(CONFIG, prompts=(prompt,)), words)[0]
 
 
 def test_new_words_are_marked_with_their_blank_outside():
@@ -62,3 +67,23 @@ def test_the_loss_table():
         "| 10 | 5.2500 | 8.0000 | 2.600 bits/byte; above the uniform loss 7.76 |",
         "| 20 | 5.2500 | 4.6600 | 1.524 bits/byte; best |",
     ]
+
+
+@pytest.mark.parametrize(
+    "rank, terminal, wanted",
+    [
+        (0, False, "a step  0:00:59 left\na word\n"),
+        (0, True, "\ra step  0:00:59 left\r" + 20 * " " + "\ra word\n"),
+        (1, False, ""),
+        (1, True, ""),  # under torchrun all processes write to one terminal
+    ],
+)
+def test_progress_is_one_line_of_the_first_process(rank, terminal, wanted, capsys, monkeypatch):
+    """Redrawn in place on a terminal, and gone before other words; a line of its own elsewhere."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    config = dataclasses.replace(CONFIG, max_steps=60, log_every=1)
+    progress = train.Progress(train.Place(rank, 2, torch.device("cpu"), None, ""), config, 0)
+    progress.seconds.append(1.0)
+    progress.step(1, "a step", 1.0)
+    progress.say("a word")
+    assert capsys.readouterr().out == wanted
