@@ -340,7 +340,7 @@ class WakeOverlay(nn.Module):
         ids = torch.where(input_ids < self.first_new_id, input_ids, 0)
         embeds = self.embedding(ids.to(self.embedding.weight.device)).detach()
         if embeds.device != self.base_rows.device and self.base_rows.is_cuda:
-            embeds = embeds.pin_memory()  # so that the copy runs beside the card's work
+            embeds = embeds.pin_memory()  # so that Python does not wait for the copy
         return embeds.to(self.base_rows.device, self.dtype, non_blocking=True)
 
     def embed(self, input_ids: Tensor, base_embeds: Tensor | None = None) -> Tensor:
@@ -436,6 +436,11 @@ class WakeOverlay(nn.Module):
         hidden = self.body(inputs_embeds=self.embed(ids), use_cache=False).last_hidden_state
         ours = matmul_fp32(hidden[0], self.base_rows[: self.first_new_id].T)
         soft_cap_(ours, self.softcap)
+        if not own.isfinite().all():
+            raise OverlayError(
+                f"{type(model).__name__} gives logits that are not finite in {self.dtype}; use"
+                " compute_dtype bfloat16, or float32 on a card without it"
+            )
         difference = (own[0] - ours).abs().max().item() / max(own.abs().max().item(), 1e-30)
         if not difference <= (1e-4 if self.dtype == torch.float32 else 2e-2):
             raise OverlayError(

@@ -25,6 +25,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -34,8 +35,10 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 # Pasted into a notebook below the other four, their names are there already.
 if "check_environment" not in globals():
@@ -48,13 +51,15 @@ if "Config" not in globals():
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
-        Sentry, SentryError, SentryWriter, pick_sentry, read_tensors, set_aside, write_tensors,
+        Sentry, SentryError, SentryWriter, pick_sentry, read_tensors, sentry_folders, set_aside,
+        write_tensors,
     )  # fmt: skip
 
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
 GIB = 2**30
 SAMPLE_TOKENS = 48  # tokens that continue each prompt
 START_PATIENCE_SECONDS = 30.0  # for a mounted Drive that hangs while the saves are read
+SILENCE = datetime.timedelta(minutes=3)  # of another process in a step; then it is taken for dead
 FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps without one
 # A run may continue although these differ: they change how it runs, not what it computes. The
 # content of lexicon and corpus is compared by hash.
@@ -64,6 +69,8 @@ HARMLESS_KEYS = {
     "sentry_dir", "max_gpu_gib", "prompts", "tensorboard", "trust_remote_code", "lexicon", "corpus",
     "lexicon_min_count", "lexicon_min_base_tokens",
 }  # fmt: skip
+# But all processes of one run evaluate, save and end at the same step.
+LOCAL_KEYS = HARMLESS_KEYS - {"max_steps", "eval_every", "save_every", "snapshot_every"}
 
 # ---- Before torch: command line, memory plan -----------------------------------------------------
 
@@ -88,48 +95,55 @@ def memory_plan(
 
     shape: the model's config.json. Activations are those of a decoder layer with gated MLP, every
     layer recomputed unless gradient_checkpointing is false. On Qwen2.5-14B's shapes at 16 x 128
-    this says 11.06 GiB, at 8 x 512 11.30; measured: 11.23, 11.66 (README, "Speed and memory").
+    this says 11.10 GiB, at 8 x 512 11.38; measured: 11.23, 11.66 (README, "Speed and memory").
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
     head_dim = shape.get("head_dim") or hidden // heads
     kv_dim = head_dim * shape.get("num_key_value_heads", heads)
+    width = 4 if config.compute_dtype == "float32" else 2  # bytes a number
     linear = layers * (2 * hidden * head_dim * heads + 2 * hidden * kv_dim + 3 * hidden * inner)
     # NF4: 4 bits, one byte of scale for 64 weights, and 4 bytes for 256 of those scales.
-    body = linear * (0.5 + 1 / 64 + 4 / 64 / 256 if config.quantization == "nf4" else 2)
+    body = linear * (0.5 + 1 / 64 + 4 / 64 / 256 if config.quantization == "nf4" else width)
     tokens = micro_batch_size * config.seq_len
-    untied = not shape.get("tie_word_embeddings")
+    gemma = shape.get("model_type", "").startswith("gemma")  # some of its files leave the key out
+    untied = not shape.get("tie_word_embeddings", gemma)
     separate = untied if config.output_rows == "auto" else config.output_rows != "shared"
     row_set, base_columns = 4 * num_new * hidden, shape["vocab_size"]
     step_tokens = config.effective_batch_size * config.seq_len
     loss = (
         min(tokens, 2048) * num_new * 4 + min(tokens, 256) * base_columns * 6 + tokens * hidden * 10
     )
-    layer = tokens * 2 * (4.5 * inner + 1.2 * hidden + 4 * kv_dim) + 4 * hidden * inner
-    kept, inputs = layers * (config.gradient_checkpointing == "false"), tokens * hidden * 2
+    layer = tokens * width * (4.5 * inner + 1.2 * hidden + 4 * kv_dim) + 2 * width * hidden * inner
+    kept = layers * (config.gradient_checkpointing == "false")
+    inputs = tokens * hidden * width
     plan = {
         "body": body,
-        "base head rows": 2 * base_columns * hidden,
+        "base head rows": width * base_columns * hidden,
         "new rows": row_set * (2 if separate else 1),
         "gradients": row_set * (config.output_rows != "frozen")
         + 4 * min(step_tokens, num_new) * hidden,
+        "base rows of two steps": 2 * step_tokens * hidden * width,
         # recomputed layers' inputs wait on the host, but for two on their way
-        "activations": (kept or 2) * inputs + kept * kept_layer_bytes(shape, tokens, config),
+        "activations": 2 * inputs + kept * kept_layer_bytes(shape, tokens, config),
         "loss chunk or one layer": max(loss, layer),
     }
     plan["total"] = sum(plan.values())
-    table = 2 * base_columns * hidden * untied
-    plan["host memory"] = (layers - kept) * inputs + plan["new rows"] + table
+    # torch pins a buffer as the next power of two
+    pinned = [row_set] * (2 if separate else 1) + [(layers - kept) * inputs] * (kept < layers)
+    plan["host memory"] = sum(2 ** math.ceil(math.log2(size)) for size in pinned)
+    plan["host memory"] += width * base_columns * hidden * untied
     return {name: size / GIB for name, size in plan.items()}
 
 
 def kept_layer_bytes(shape: dict, tokens: int, config: Config) -> float:
-    """What a layer that is not recomputed keeps for backward: of the 14B at 16 x 128, 0.27 GiB in
-    eager mode, 0.18 with fused elementwise work (measured, see README)."""
+    """What a layer that is not recomputed keeps for backward, its input included: of the 14B at
+    16 x 128, 0.29 GiB in eager mode, 0.20 with fused elementwise work (measured, see README)."""
     inner, hidden = shape["intermediate_size"], shape["hidden_size"]
+    width = 4 if config.compute_dtype == "float32" else 2
     if config.compile == "false":
-        return tokens * 2 * (4 * inner + 2.8 * hidden)
-    return tokens * 2 * (2 * inner + 3.7 * hidden)
+        return tokens * width * (4 * inner + 3.8 * hidden)
+    return tokens * width * (2 * inner + 4.7 * hidden)
 
 
 def dry_run(config: Config) -> None:
@@ -152,8 +166,10 @@ def dry_run(config: Config) -> None:
     if config.gradient_checkpointing == "auto":
         layers = shape["num_hidden_layers"]
         layer = kept_layer_bytes(shape, micro * config.seq_len, config) / GIB
-        kept = max(min(int((margin - 0.5) / layer), layers), 0)
-        print(f"about {kept} of {layers} layers can keep their activations in it")
+        spare = 0.5 if config.compile == "false" else 1.2  # as fit_to_machine leaves
+        kept = max(min(int((margin - spare) / layer), layers), 0)
+        peak = plans[micro]["total"] + kept * layer
+        print(f"about {kept} of {layers} layers can keep their activations: peak {peak:.2f} GiB")
     size = plans[micro]["new rows"] * GIB * (1 + 1 / shape["hidden_size"])
     print(f"bytes per sentry {round(size):,}")
     for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
@@ -201,6 +217,7 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     why: str
+    group: dist.ProcessGroup | None = None  # where the processes wait for each other: `meet`
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -224,38 +241,53 @@ def find_place(config: Config) -> Place:
         raise ConfigError("device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu")
     device, dtype, why = torch.device("cpu"), torch.float32, "a CPU"
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise ConfigError(
+                f"process {rank} ends: this machine has {count} GPU(s), and each process needs its"
+                " own; start no more"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         capability = torch.cuda.get_device_capability(device)
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
         why = f"compute capability {capability[0]}.{capability[1]}"
-        if config.max_gpu_gib:
-            share = config.max_gpu_gib * GIB / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min((config.max_gpu_gib or math.inf) * GIB / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, device)  # 1.0 undoes an earlier run's cap
     # Said outright, this switches off MKL's own choice of threads, which may follow the load:
     # another split of a sum is another last bit, and continued runs must have the same ones.
     torch.set_num_threads(torch.get_num_threads())
     if config.compute_dtype != "auto":
         dtype, why = getattr(torch, config.compute_dtype), "compute_dtype in the config"
-    if world > 1 and not dist.is_initialized():
-        join_processes(rank, world, "nccl" if use_cuda else "gloo")
-    return Place(rank, world, device, dtype, why)
+    group = join_processes(rank, world, "nccl" if use_cuda else "gloo") if world > 1 else None
+    return Place(rank, world, device, dtype, why, group)
 
 
-def join_processes(rank: int, world: int, backend: str) -> None:
-    """Meet the others where torchrun says. Raises: ConfigError where one of them does not come."""
-    timeout = datetime.timedelta(minutes=10)
+def join_processes(rank: int, world: int, backend: str) -> dist.ProcessGroup:
+    """Find the others where torchrun says. Raises: ConfigError where one of them does not come.
+
+    In a step the others must come within SILENCE. The group returned has more patience, and over
+    gloo, on GPUs too, it notices at once when one of them has died.
+    """
     try:
-        store = next(dist.rendezvous("env://", timeout=timeout))[0]
+        store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun 2.13 restarts one node's processes on the old store, where the dead ones'
-            # addresses still stand; several nodes get a new store
+            # torchrun 2.13 restarts on the old store, where the dead ones' addresses still stand.
+            # Several nodes count their restarts each for itself: README, "Several GPUs".
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SILENCE)
+        return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"process {rank} ends: the others cannot be reached: {reason}") from error
+
+
+def meet(place: Place) -> None:
+    """Wait until all processes are here: one may have a model to download, or a slow disk."""
+    if place.group:
+        dist.barrier(group=place.group)
 
 
 def add_up(place: Place, *tensors: Tensor) -> None:
@@ -312,9 +344,11 @@ def load_data(config: Config, words: NewWords) -> Data:
     key = [train_text, val_text, words_hash, words.tokenizer.to_str()]
     digest = hashlib.sha256("\0".join(key).encode("utf-8")).hexdigest()
     cache = Path(config.run_dir) / "cache" / f"tokens_{digest[:16]}.safetensors"
+    arrays = None
     if cache.exists():
-        arrays = read_tensors(cache)
-    else:
+        with contextlib.suppress(SafetensorError):  # cut off by a machine's end: made again below
+            arrays = read_tensors(cache)
+    if arrays is None:
         train = words.tokenizer.encode(train_text, add_special_tokens=False)
         val = words.tokenizer.encode(val_text, add_special_tokens=False)
         arrays = {"train": train.ids, "val": val.ids, "val_ends": [end for _, end in val.offsets]}
@@ -459,6 +493,12 @@ def first_rows(
     return rows[0], rows[1] if len(rows) == 2 else None, mode != "frozen"
 
 
+@functools.cache
+def transfer_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The stream of layer inputs on their way; on a CPU one that does nothing."""
+    return torch.get_device_module(device).Stream()
+
+
 class HostInputs:
     """The inputs of recomputed layers, in host memory between forward and backward.
 
@@ -471,7 +511,7 @@ class HostInputs:
     def __init__(self, num_layers: int, device: torch.device):
         self.num_layers, self.device, self.buffer = num_layers, device, torch.empty(0)
         self.backend = torch.get_device_module(device)  # torch.cpu has streams that do nothing
-        self.side, self.arriving = self.backend.Stream(), {}
+        self.side, self.arriving = transfer_stream(device), {}
 
     def put(self, number: int, hidden_states: Tensor) -> "torch.cuda.Event":
         """Start one layer's input on its way; it must stay alive until the event returned."""
@@ -508,7 +548,10 @@ def recompute_layers(body, num_layers: int) -> None:
     library's switch is for all layers, is reentrant by default in transformers 4 and not in 5, and
     asks for train mode.
     """
-    inputs = HostInputs(num_layers, next(body.layers.parameters()).device)
+    device = next(body.layers.parameters()).device
+    if device.type == "cuda":  # after a pass broken off, inputs still on their way to memory that
+        torch.cuda.synchronize(device)  # goes with the wrappers of before
+    inputs = HostInputs(num_layers, device)
     for number, layer in enumerate(body.layers):
         layer.__dict__.pop("forward", None)  # back to the class's own
         if number < num_layers:
@@ -537,45 +580,85 @@ def recomputing(forward, number: int, inputs: HostInputs):
     return call
 
 
+def attend_causally(model) -> None:
+    """Attention without a mask, as whole sequences need none; and the same in a CUDA graph as out
+    of one, where the library makes a dense mask and copies keys and values for each query head
+    (32 MiB a layer of the 14B at 16 x 128, an estimate). Models with sliding windows keep theirs.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None):
+        AttentionInterface.register("causal_sdpa", sdpa_attention_forward)  # and no mask for it
+        model.set_attn_implementation("causal_sdpa")
+
+
 def fuse_elementwise(model) -> None:
     """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training.
 
     These are memory-bound: fused they save 95 of the 407 ms that the kernels of a 14B step take on
     an H100. Pieces and not whole layers: a compiled layer recomputes its down projection too, which
-    nothing needs (331 ms against 312). Each piece is compared with the original before it is used.
+    nothing needs (331 ms against 312). All pieces are compared with the originals, forward and
+    backward, before one is used.
     Raises: RuntimeError or ImportError where there is no Triton or compiler, or other numbers.
     """
-    layer, hidden_size = model.base_model.layers[0], model.config.get_text_config().hidden_size
+    torch._dynamo.reset()  # of an earlier run here; a piece has a kernel for each micro-batch tried
+    torch._dynamo.config.recompile_limit = 64
+    hidden_size = model.config.get_text_config().hidden_size
     modules = list(model.modules())
     norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     gated = [module for module in modules if all(hasattr(module, name) for name in names)]
-    probe = torch.randn(2, 64, hidden_size, device=model.device, dtype=model.dtype)
+    modeling, rotary = rotary_of(model)
+    probe = torch.randn(4, 2, 64, hidden_size, device=model.device, dtype=model.dtype)
+    forwards = {}
     for kind in {type(module) for module in norms}:
         same = [module for module in norms if type(module) is kind]
-        fused = when_training(kind.forward, same[0], probe[..., : same[0].weight.shape[0]])
-        for module in same:
-            module.forward = types.MethodType(fused, module)
+        size = same[0].weight.shape[0]
+        fused = when_training(kind.forward, probe[0, ..., :size], module=same[0])
+        forwards |= {module: types.MethodType(fused, module) for module in same}
     if gated:
         activation = gated[0].act_fn
-        fused = when_training(lambda a, b: activation(a) * b, probe, probe.flip(0))
-        for module in gated:
-            module.forward = functools.partial(gated_mlp, module, fused)
-    modeling = sys.modules[type(layer).__module__]
+        fused = when_training(lambda a, b: activation(a) * b, probe[0], probe[1])
+        forwards |= {module: functools.partial(gated_mlp, module, fused) for module in gated}
+    if rotary and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
+        attention = getattr(model.base_model.layers[0], "self_attn", None)
+        q, k, cos, sin = probe[..., : getattr(attention, "head_dim", 64)]
+        rotary = when_training(rotary, q[:, None], k[:, None], cos, sin)
+    for module, forward in forwards.items():
+        module.forward = forward
+    if rotary:
+        modeling.apply_rotary_pos_emb = rotary  # attention finds it by this name
+
+
+def rotary_of(model) -> tuple[types.ModuleType, Callable | None]:
+    """The module of the model's layers and its function for rotary embedding, put back there as it
+    was before an earlier run in this process fused it."""
+    modeling = sys.modules[type(model.base_model.layers[0]).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if rotary is not None and not hasattr(rotary, "eager"):
-        modeling.apply_rotary_pos_emb = when_training(rotary)  # attention finds it by this name
+    if rotary is not None:
+        modeling.apply_rotary_pos_emb = rotary = getattr(rotary, "eager", rotary)
+    return modeling, rotary
 
 
-def when_training(original, *probe):
-    """`original`, compiled where gradients are on; shapes vary in evaluation and generation."""
-    compiled = torch.compile(original, dynamic=False)
-    if probe:
-        wanted, got = original(*probe).float(), compiled(*probe).float()
-        if not torch.allclose(got, wanted, rtol=2e-2, atol=2e-3):
-            raise RuntimeError(
-                f"a compiled piece differs by {(got - wanted).abs().max().item():.2g}"
-            )
+def when_training(original: Callable, *probes: Tensor, module=None) -> Callable:
+    """`original`, compiled where gradients are on; shapes vary in evaluation and generation.
+
+    Raises: RuntimeError where its results or gradients on the probes differ.
+    """
+    compiled, results = torch.compile(original, dynamic=False), []
+    for function in (original, compiled):
+        inputs = [probe.detach().clone().requires_grad_() for probe in probes]
+        with torch.enable_grad():
+            outputs = function(*([module] if module is not None else []), *inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])
+        results.append([tensor.detach().float() for tensor in (*outputs, *grads)])
+    for wanted, got in zip(*results):
+        difference = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        if not difference <= 0.03:  # bfloat16 rounds at each operation, the kernel once: 0.01
+            raise RuntimeError(f"a compiled piece differs by {difference:.2g} of its largest value")
 
     def call(*arguments, **keywords):
         function = compiled if torch.is_grad_enabled() else original
@@ -602,6 +685,11 @@ class LossScale:
 
     def overflowed(self) -> None:
         self.value, self.good_steps = self.value / 2, 0
+
+    def agree(self, lowest: float) -> None:
+        """Take the lowest of all processes, as the sentry of the first must serve them all."""
+        if lowest < self.value:
+            self.value, self.good_steps = lowest, 0
 
     def step_done(self) -> None:
         self.good_steps += 1
@@ -648,8 +736,8 @@ def forward_backward(
             grad = losses  # its 40 MiB go before backward needs them
         (input_grad,) = torch.autograd.grad(hidden_states, inputs_embeds, scaled)
         finite = input_grad.dtype != torch.float16 or input_grad.isfinite().all().item()
-        if finite or loss_scale.value <= 1.0:
-            break
+        if finite or loss_scale.value <= 1.0 or not losses.isfinite().all():
+            break  # not finite before backward: no scale can help
         loss_scale.overflowed()
     overlay.add_input_gradient(x, input_grad.float() / loss_scale.value)
     return losses
@@ -680,10 +768,23 @@ class GraphedPass:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.empty_cache()
         self.to_loss, self.to_inputs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.to_loss):
-            self.forward()
-        with torch.cuda.graph(self.to_inputs, pool=self.to_loss.pool()):
-            self.backward()
+        self.record(self.to_loss, self.forward)
+        self.record(self.to_inputs, self.backward, self.to_loss.pool())
+
+    def record(self, graph: "torch.cuda.CUDAGraph", work: Callable, pool=None) -> None:
+        """Capture `work`. Out of memory there, the capture ends in good order before that is
+        raised; broken off, it would leave the allocator in a capture for good."""
+        failed = None
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                work()
+            except torch.OutOfMemoryError as error:
+                failed = error
+                main, side = torch.cuda.current_stream(), transfer_stream(self.labels.device)
+                side.wait_stream(main)  # a layer's input may be on its way
+                main.wait_stream(side)
+        if failed:
+            raise failed
 
     def forward(self) -> None:
         body = self.overlay.body(inputs_embeds=self.inputs_embeds, use_cache=False)
@@ -826,10 +927,11 @@ class Optimizer:
 
 
 def shares(num_sequences: int, micro_batch_size: int, place: Place) -> Iterator[range]:
-    """The numbers of this process's sequences, a micro-batch at a time."""
-    step = place.world * micro_batch_size
-    for start in range(place.rank * micro_batch_size, num_sequences, step):
-        yield range(start, min(start + micro_batch_size, num_sequences))
+    """The numbers of this process's sequences, a micro-batch at a time; each process has its own
+    micro_batch_size."""
+    first, end = (num_sequences * rank // place.world for rank in (place.rank, place.rank + 1))
+    for start in range(first, end, micro_batch_size):
+        yield range(start, min(start + micro_batch_size, end))
 
 
 @torch.no_grad()
@@ -1062,10 +1164,13 @@ class Progress:
 def lock_run(run_dir: Path):
     """Hold RUN_DIR for this process; the lock goes with the process, however it dies.
 
-    Raises: ConfigError where another training holds it.
+    Raises: ConfigError where another training holds it, or where nothing can be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "w")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {error}; give a folder that can be written") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1091,17 +1196,23 @@ def start_over(config: Config) -> None:
                 path.rename(folder / f"old-{number}" / path.name)
 
 
-def compare_configs(old: dict, config: Config) -> None:
+def compare_configs(
+    old: dict,
+    config: Config,
+    may_differ: set[str] = HARMLESS_KEYS,
+    whose: str = "the run was started with {!r}, now it is {!r}",
+    advice: str = "put these keys back to continue, or start over with --fresh (the old run is kept"
+    " aside)",
+) -> None:
     """Raise a ConfigError naming every key whose change would make another training of this run."""
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     problems = [
-        f"{name}: the run was started with {old[name]!r}, now it is {value!r}"
+        f"{name}: {whose.format(old[name], value)}"
         for name, value in new.items()
-        if name not in HARMLESS_KEYS and old.get(name, value) != value
+        if name not in may_differ and old.get(name, value) != value
     ]
     if problems:
-        advice = "put these keys back to continue, or start over with --fresh (the old run is kept"
-        raise ConfigError(*problems, f"{advice} aside)")
+        raise ConfigError(*problems, advice)
 
 
 def run_identity(config: Config, words: NewWords, data: Data) -> dict:
@@ -1190,28 +1301,31 @@ def prepare_step(
 def accumulate(
     batch: StepBatch,
     overlay: WakeOverlay,
-    config: Config,
     place: Place,
     fit: Fit,
     loss_scale: LossScale,
+    meanwhile: Callable | None = None,
 ) -> Tensor:
     """All micro-batches of this process's share -> sum of losses, 0-dim fp32; gradients in overlay.
 
     With several processes only the new rows' gradients cross, summed once a step: the output rows'
-    in buckets under the last micro-batch's backward, the input rows' as the rows touched.
+    in buckets under the last micro-batch's backward, the input rows' after it as the rows touched.
+    meanwhile: called before that backward, when a GPU has a forward pass to work off.
     """
     overlay.begin_step(batch.all_ids)
     scale, handles, total = 1.0 / batch.all_ids.numel(), [], torch.zeros((), device=place.device)
 
-    def sum_output_rows() -> None:
+    def before_last_backward() -> None:
         if place.world > 1 and overlay.output_grad is not None:
             for bucket in overlay.output_grad.split(4096):
                 handles.append(dist.all_reduce(bucket, async_op=True))
+        if meanwhile:
+            meanwhile()
 
     for start in range(0, len(batch.x), fit.micro_batch_size):
         part = slice(start, start + fit.micro_batch_size)
         inputs = batch.x[part], batch.y[part], batch.base_embeds[part]
-        after_loss = sum_output_rows if part.stop >= len(batch.x) else None
+        after_loss = before_last_backward if part.stop >= len(batch.x) else None
         if fit.graph is not None:
             total += fit.graph(*inputs, after_loss).sum()
         else:
@@ -1264,18 +1378,21 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
         fit.recomputed = num_layers if config.gradient_checkpointing == "true" else 0
         recompute_layers(overlay.body, fit.recomputed)
         return fit
+    rotary_of(overlay.model[0])
     fused = config.compile != "false" and try_to_fuse(fit, overlay)
     # float16 decides after each pass whether to repeat it, which no graph can
     use_graph = fused and place.dtype == torch.bfloat16
+    if use_graph:
+        attend_causally(overlay.model[0])
     batch = prepare_step(1, overlay, data, config, place)
     for fit.micro_batch_size in sizes:
         peak_of = functools.partial(peak_bytes, overlay, batch, fit.micro_batch_size)
         if (peak := peak_of(fit.recomputed)) is not None:
             break
     else:
+        advice = "lower seq_len" if sizes[-1] == 1 else "set a smaller one, or auto"
         raise ConfigError(
-            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens;"
-            " lower seq_len"
+            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens; {advice}"
         )
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min(config.max_gpu_gib * GIB, free) if config.max_gpu_gib else free
@@ -1305,20 +1422,28 @@ def try_to_fuse(fit: Fit, overlay: WakeOverlay) -> bool:
 
 
 def capture(fit: Fit, overlay: WakeOverlay, shape: tuple[int, int], scale: float) -> None:
-    """Make the pass CUDA graphs, or say in fit.note why not."""
+    """Make the pass CUDA graphs, or say in fit.note why not.
+
+    Raises: ConfigError where an operation breaks a capture off, after which the process is no good.
+    """
     try:
         fit.graph = GraphedPass(overlay, shape, scale)
         fit.note += ", as CUDA graphs"
         fit.peak_bytes = torch.cuda.max_memory_allocated()
-    except RuntimeError as error:  # out of memory, or an operation that no graph can hold
-        fit.note += f", not as CUDA graphs: {str(error).strip().splitlines()[0]}"
-        torch.cuda.empty_cache()
+    except torch.OutOfMemoryError:
+        fit.note += ", not as CUDA graphs: out of memory"
+    except RuntimeError as error:  # an operation that no graph can hold
+        raise ConfigError(
+            "the pass cannot become CUDA graphs; start again, in a notebook after a restart of its"
+            f" kernel, with compile: false ({one_line(error)})"
+        ) from error
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
 @contextlib.contextmanager
 def plain_errors(config: Config, place: Place):
-    """One line for a local disk full or read-only, and for another process that died."""
+    """One line for a disk or GPU that is full, and for another process that died."""
     try:
         yield
     except OSError as error:
@@ -1328,14 +1453,20 @@ def plain_errors(config: Config, place: Place):
             f"{config.run_dir}: {error}; the sentries there are intact: make room, then run the"
             " same command again"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "out of GPU memory; what is saved is whole: set a smaller micro_batch_size or seq_len,"
+            f" or free the GPU ({one_line(error)})"
+        ) from error
     except RuntimeError as error:
         if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        if place.device.type == "cpu":
-            dist.destroy_process_group()  # its threads would abort this process at its end
+        reason = one_line(error).split("] ", 1)[-1].split(" This is typically")[0]  # gloo's
+        # gloo's threads would abort this process at its end
+        dist.destroy_process_group(place.group if place.device.type == "cuda" else None)
         raise SentryError(
             f"process {place.rank} ends: another process of this run died or cannot be reached;"
-            " start the same command again"
+            f" start the same command again ({reason})"
         ) from error
 
 
@@ -1410,7 +1541,22 @@ class Run:
         self.writer.save(self.host_copies.take(self.optimizer.tensors()), texts, state, durable)
 
     def evaluate(self) -> dict:
-        """Evaluate, record, and continue the prompts; the record."""
+        """Evaluate, record, and continue the prompts; the record. Where the memory that CUDA graphs
+        keep is needed for it, they go."""
+        try:
+            return self.measure()
+        except torch.OutOfMemoryError:
+            if self.place.world > 1 or self.fit.graph is None:
+                raise
+        self.fit.graph, self.fit.peak_bytes = None, 0
+        torch.cuda.empty_cache()
+        self.place.say(
+            f"step {self.step}: out of GPU memory in the evaluation; it is repeated, and the run"
+            " goes on, without CUDA graphs"
+        )
+        return self.measure()
+
+    def measure(self) -> dict:
         record = {"step": self.step, "kind": "eval"}
         parts = self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
         if self.base_bits_per_byte is None:
@@ -1430,9 +1576,12 @@ class Run:
         self.best_val_loss = min(self.best_val_loss, record["val_loss"])
         self.val_bits_per_byte = record["val_bits_per_byte"]
         if self.records:
+            prompts = self.config.prompts
+            texts = sample(self.model, self.config, self.words) if prompts else []
             self.records.add(record)
-            if self.config.prompts:
-                self.records.add_samples(self.step, sample(self.model, self.config, self.words))
+            if prompts:
+                self.records.add_samples(self.step, texts)
+        meet(self.place)
         return record
 
 
@@ -1453,15 +1602,17 @@ def heading(run: Run) -> str:
     )
 
 
-def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
+def begin(config: Config, place: Place, fresh: bool, step: int | None, newest: int) -> Run:
     """Everything before the first step: words, data, model, and rows from a sentry or new ones."""
     run_dir = Path(config.run_dir)
     durable = Path(config.sentry_dir or run_dir / "sentries")
-    words, data, sentry = prepare(config, place, fresh, step, [run_dir / "snapshots", durable])
+    folders = [run_dir / "snapshots", durable]
+    words, data, sentry = prepare(config, place, fresh, step, folders, newest)
     if place.rank == 0:
         write_config(config)
         place.say(format_report(words.report))
     model = load_model(config, place)
+    meet(place)
     state = sentry.state if sentry else {}
     on_gpu, rows = place.device.type == "cuda", first_rows(config, model, words, sentry)
     overlay = WakeOverlay(model, words.first_new_id, *rows, offload_input_table=on_gpu)
@@ -1483,6 +1634,7 @@ def begin(config: Config, place: Place, fresh: bool, step: int | None) -> Run:
         if scale.value == 1.0:  # new, or on another dtype until now
             scale.value = FLOAT16_LOSS_SCALE
     fit = fit_to_machine(overlay, data, config, place)
+    meet(place)
     return Run(
         config, place, words, data, model, overlay, optimizer, records, writer, scale,
         state.get("step", 0), state.get("best_val_loss") or math.inf,
@@ -1506,9 +1658,12 @@ def open_records(
 
 
 def prepare(
-    config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path]
+    config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path], newest: int
 ) -> tuple[NewWords, Data, Sentry | None]:
-    """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all."""
+    """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all.
+
+    newest: the newest step that another process has a sentry of, in a folder of its own; or -1
+    """
     if place.rank == 0:
         with heard_by_all(place):
             if fresh:
@@ -1517,6 +1672,12 @@ def prepare(
             data = load_data(config, words)
             identity = run_identity(config, words, data)
             sentry = find_sentry(config, folders, identity, place, step)
+            if not (fresh or step) and newest > (sentry.step if sentry else -1):
+                raise SentryError(
+                    f"a sentry of step {newest} lies on another node, and none so new in"
+                    f" {folders[0]} or {folders[1]}: start that node as the first, or copy its"
+                    " folders here"
+                )
         if place.world > 1:
             message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
             tell(place, message)
@@ -1527,7 +1688,8 @@ def prepare(
     words = plan_new_words(config)
     data = load_data(config, words)
     settings, identity, chosen = message
-    compare_configs(settings, config)
+    whose = f"process 0 has {{!r}}, process {place.rank} {{!r}}"
+    compare_configs(settings, config, LOCAL_KEYS, whose, "give all processes the same")
     if identity != run_identity(config, words, data):
         raise ConfigError(
             f"process {place.rank} has another model, lexicon or corpus than process 0; every node"
@@ -1536,26 +1698,39 @@ def prepare(
     return words, data, Sentry(folders[0], *chosen) if chosen else None
 
 
+def starting_points(place: Place, run_dir: Path) -> tuple[int, int]:
+    """(how often torchrun has restarted this run, the newest step whose sentry is with another
+    process and not with the first, or -1): the largest of all processes'."""
+    steps = [-1]
+    with contextlib.suppress(SentryError):  # a folder that cannot be read: process 0 will say it
+        steps += [step for step, _ in sentry_folders(run_dir / "snapshots")]
+    found = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), max(steps)])
+    if place.group:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=place.group)
+    restarts, newest = found.tolist()
+    return restarts, newest if newest > max(steps) else -1
+
+
 @contextlib.contextmanager
 def heard_by_all(place: Place):
     """An error of rank 0's start also ends the others, which wait for its word."""
     try:
         yield
-    except ValueError:
+    except Exception:  # whatever it is, it goes on after the others have heard
         if place.world > 1:
             tell(place, None)
         raise
 
 
 def tell(place: Place, message: object) -> object:
-    """Rank 0's message on every process, as JSON."""
+    """Rank 0's message on every process, as JSON, however long it takes to come."""
     text = bytearray(json.dumps(message).encode("utf-8"))
-    size = torch.tensor(len(text), device=place.device)
-    dist.broadcast(size, 0)
-    data = torch.zeros(size.item(), dtype=torch.uint8, device=place.device)
+    size = torch.tensor(len(text))
+    dist.broadcast(size, 0, group=place.group)
+    data = torch.zeros(size.item(), dtype=torch.uint8)
     if place.rank == 0:
-        data.copy_(torch.frombuffer(text, dtype=torch.uint8))
-    dist.broadcast(data, 0)
+        data = torch.frombuffer(text, dtype=torch.uint8)
+    dist.broadcast(data, 0, group=place.group)
     return json.loads(bytes(data.tolist()))
 
 
@@ -1610,11 +1785,15 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         progress.say(eval_line(run.evaluate()))
     if run.writer:
         run.host_copies.take(run.optimizer.tensors())  # makes the buffers now, not in a step
-    batch = prepare_step(run.step + 1, overlay, run.data, config, place)
+    batch, following = prepare_step(run.step + 1, overlay, run.data, config, place), []
+
+    def prepare_next() -> None:
+        following[:] = [prepare_step(run.step + 2, overlay, run.data, config, place)]
+
     while run.step < config.max_steps:  # a stop request ends it below, on all processes at once
         began, step = time.perf_counter(), run.step + 1
         try:
-            loss_sum = accumulate(batch, overlay, config, place, fit, run.loss_scale)
+            loss_sum = accumulate(batch, overlay, place, fit, run.loss_scale, prepare_next)
         except torch.OutOfMemoryError:
             size = fit.micro_batch_size
             if place.world > 1:  # repeated here alone, the sums with the others would not match
@@ -1628,7 +1807,7 @@ def train_steps(run: Run, stop: StopRequest) -> None:
                     " recomputed; the last sentry is good: lower seq_len, or free the GPU"
                 ) from None
             fit.micro_batch_size = max(n for n in (1, *range(1, size)) if len(batch.x) % n == 0)
-            fit.graph, fit.recomputed = None, num_layers
+            fit.graph, fit.peak_bytes, fit.recomputed = None, 0, num_layers
             recompute_layers(overlay.body, num_layers)
             torch.cuda.empty_cache()
             progress.say(
@@ -1638,11 +1817,13 @@ def train_steps(run: Run, stop: StopRequest) -> None:
             continue
         gradients = run.optimizer.gradients()
         squares = sum(torch.linalg.vector_norm(grad).square() for _, grad, _ in gradients)
-        numbers = torch.stack([loss_sum, torch.tensor(float(bool(stop.name)), device=place.device)])
+        told = torch.zeros(1 + place.world)  # asked to stop; each process's loss scale
+        told[0], told[1 + place.rank] = bool(stop.name), run.loss_scale.value
+        numbers = torch.cat([loss_sum[None], told.to(place.device)])
         add_up(place, numbers)
-        following = prepare_step(step + 1, overlay, run.data, config, place)  # while the card works
         # the step's one wait
-        loss, stopping, norm = torch.cat([numbers, squares.sqrt()[None]]).tolist()
+        norm, loss, stopping, *scales = torch.cat([squares.sqrt()[None], numbers]).tolist()
+        run.loss_scale.agree(min(scales))
         loss /= tokens_per_step
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SentryError(
@@ -1657,7 +1838,7 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         run.optimizer.update(gradients, *settings)
         if place.dtype == torch.float16:
             run.loss_scale.step_done()
-        run.step, batch = step, following
+        run.step, batch = step, following.pop()
         seconds = time.perf_counter() - began
         record = {
             "step": step, "kind": "train", "loss": loss, "learning_rate": learning_rate,
@@ -1720,12 +1901,15 @@ def train(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     place = find_place(config)
+    restarts, newest = starting_points(place, Path(config.run_dir))
+    if restarts:  # torchrun repeats its command each time
+        fresh, step = False, None
     lock = contextlib.nullcontext()
     if place.rank == 0:
         with heard_by_all(place):
             lock = lock_run(Path(config.run_dir))
     with lock, StopRequest() as stop, plain_errors(config, place):
-        run = begin(config, place, fresh, step)
+        run = begin(config, place, fresh, step, newest)
         place.say(heading(run))
         try:
             train_steps(run, stop)
@@ -1735,6 +1919,7 @@ def train(
         if place.rank == 0:
             place.say((Path(config.run_dir) / "loss_table.md").read_text(encoding="utf-8"))
         if place.world > 1:
+            meet(place)
             dist.barrier()  # a process that ends while others still talk to it can abort them
             dist.destroy_process_group()
         records = run.records.parsed() if run.records else []

@@ -1,14 +1,15 @@
 """Speed and memory of a step on Qwen2.5-14B's shapes with random NF4 weights, one CUDA GPU.
 
     python tests/bench_14b.py                      all methods, one JSON line each, ratios last
-    python tests/bench_14b.py ours floor           some of them
-    python tests/bench_14b.py --shape tiny --device cpu ours floor body     does the program run?
+    python tests/bench_14b.py ours                 ours and the floor alone
+    python tests/bench_14b.py --shape tiny --device cpu ours     does the program run?
 
 2,048 tokens a step, 44,223 new rows, head untied, separate output rows trained, the allocator
 capped at --cap GiB for `ours` and the floor. The floor is the frozen body and the base head rows
 with the same chunked loss and all layers recomputed, nothing trained; `ours` and the floor are
 timed in turns, in one process. A step of `ours` is all of train.py's: look-ups, loss, gradients,
-finite check, clipping, Adafactor on both row sets. Peaks are what the allocator reports.
+finite check, clipping, Adafactor on both row sets. The peers run last, with our fused pieces in the
+model, without clipping and optimizer. Peaks are what the allocator reports.
 """
 
 import argparse
@@ -157,13 +158,18 @@ class OurStep:
     def __call__(self) -> None:
         self.step += 1
         config, place = self.bench.config, self.bench.place
-        loss = train.accumulate(self.batch, self.overlay, config, place, self.fit, self.scale)
+        following = []
+        loss = train.accumulate(
+            self.batch, self.overlay, place, self.fit, self.scale,
+            lambda: following.append(self.prepare(self.step + 1)),
+        )  # fmt: skip
         gradients = self.optimizer.gradients()
         squares = sum(torch.linalg.vector_norm(grad).square() for _, grad, _ in gradients)
-        self.batch = self.prepare(self.step + 1)
+        train.add_up(place, loss)
         _, norm = torch.stack([loss, squares.sqrt()]).tolist()
         coupling, grad_scale = config.row_coupling, min(1.0, 1.0 / (norm + 1e-6))
         self.optimizer.update(gradients, self.step, 5e-4, grad_scale, coupling)
+        self.batch = following.pop()
 
 
 class CardInputs(train.HostInputs):
@@ -315,6 +321,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="float16: what a T4 computes in")
     parser.add_argument("--steps", type=int, default=6, help="timed steps in each of three turns")
     arguments = parser.parse_args(argv)
+    if unknown := set(arguments.methods) - {"ours", "peers"}:
+        parser.error(f"no method {', '.join(unknown)}; give ours (with the floor), peers, or both")
     train.apply()  # the allocator setting that a run has
     shape = SHAPES[arguments.shape]
     device = torch.device(arguments.device)

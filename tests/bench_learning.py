@@ -221,7 +221,7 @@ def run(name: str, recipe: dict, model, config: Config, place: train.Place, base
     for step in range(config.max_steps + 1):
         if step:
             batch = train.prepare_step(step, overlay, data, config, place)
-            train.accumulate(batch, overlay, config, place, fit, scale)
+            train.accumulate(batch, overlay, place, fit, scale)
             gradients = optimizer.gradients()
             norm = sum(torch.linalg.vector_norm(g).square() for _, g, _ in gradients).sqrt().item()
             rate = train.learning_rate_at(step, config)

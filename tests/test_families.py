@@ -121,6 +121,18 @@ def test_a_family_that_the_overlay_cannot_serve_is_refused_in_one_line(family):
         assert problem == text
 
 
+def test_a_model_too_large_for_float16_is_told_from_one_that_the_overlay_does_not_know():
+    model = make_model("qwen2_untied").half()
+    model.model.norm.weight.data.fill_(60_000.0)
+    rows = [random_rows(model, 3, seed) for seed in (1, 2)]
+    with pytest.raises(OverlayError) as caught:
+        WakeOverlay(model, FIRST_NEW_ID, *rows).install()
+    assert str(caught.value) == (
+        "Qwen2ForCausalLM gives logits that are not finite in torch.float16; use compute_dtype"
+        " bfloat16, or float32 on a card without it"
+    )
+
+
 def test_a_refused_family_stops_training_with_the_same_line(tmp_path):
     config = make_config("phi_head_bias", tmp_path)
     with pytest.raises(OverlayError) as caught:

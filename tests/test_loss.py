@@ -213,6 +213,16 @@ def test_without_overflow_there_is_one_pass_and_the_scale_stays():
     assert scale == train.LossScale(16384.0, good_steps=7)
 
 
+def test_what_is_not_finite_before_backward_is_not_tried_again():
+    """No scale can help: one pass, and the loop then stops at the loss."""
+    stub, scale = Stub(), train.LossScale(65536.0)
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    nan = torch.full((1, 3), torch.nan), torch.full((1, 3, 2), torch.nan)
+    stub.loss = lambda *_: nan
+    train.forward_backward(stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale)
+    assert (stub.num_bodies, scale.value) == (1, 65536.0)
+
+
 @pytest.mark.parametrize("start, doublings", [(16384.0, 2), (1.0, 16)])
 def test_the_scale_grows_back_after_200_good_steps_and_no_further_than_its_start(start, doublings):
     scale, values = train.LossScale(start), []
@@ -234,7 +244,7 @@ def test_a_float16_step_counts_each_micro_batch_once_whatever_overflows():
         batch = train.StepBatch(x, x.flip(1), overlay.base_embed(x), x, torch.arange(4))
         place = train.Place(0, 1, torch.device("cpu"), torch.float16, "")
         scale = train.LossScale(start)
-        total = train.accumulate(batch, overlay, None, place, train.Fit(2, 0), scale)
+        total = train.accumulate(batch, overlay, place, train.Fit(2, 0), scale)
         assert (scale.value < start) == (start == 2.0**40)
         assert math.log2(scale.value).is_integer()
         found[start] = total, overlay.output_grad, overlay.input_grad

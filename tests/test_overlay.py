@@ -60,7 +60,7 @@ def run_accumulate(
     overlay: WakeOverlay, batch: train.StepBatch, micro_batch_size: int = 8
 ) -> float:
     fit = train.Fit(micro_batch_size, recomputed=0)
-    loss = train.accumulate(batch, overlay, None, PLACE, fit, train.LossScale())
+    loss = train.accumulate(batch, overlay, PLACE, fit, train.LossScale())
     return loss.item() / batch.y.numel()
 
 

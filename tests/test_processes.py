@@ -6,6 +6,7 @@ Processes are forks with torch imported, started with the variables that torchru
 test is torchrun itself. tests/torture_processes.py kills one of two at random moments, many times.
 """
 
+import datetime
 import fcntl
 import json
 import multiprocessing
@@ -28,7 +29,7 @@ import train
 from extend_tokenizer import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 6
+BATCH = 12
 DEAD = (
     "process {} ends: another process of this run died or cannot be reached; start the same command"
     " again"
@@ -55,6 +56,11 @@ def worker(log: str, config: str, overrides: list[str], environment: dict[str, s
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    if environment.get("WAKE2VEC_TEST_SLOW_RANK") == environment["RANK"]:
+        real, train.SILENCE = train.load_model, datetime.timedelta(seconds=2)
+        train.load_model = lambda *arguments: (time.sleep(4), real(*arguments))[1]
+    elif "WAKE2VEC_TEST_SLOW_RANK" in environment:
+        train.SILENCE = datetime.timedelta(seconds=2)
     status = run_command(train.main, config, *overrides)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -167,22 +173,47 @@ def test_the_shares_are_the_whole_batch(settings, tmp_path, world):
         assert all(torch.equal(part.all_ids, wanted) for part in parts)
 
 
-@pytest.mark.parametrize("output_rows, world", [("separate", 2), ("separate", 3), ("shared", 2)])
+@pytest.mark.parametrize(
+    "output_rows, world", [("separate", 2), ("separate", 3), ("separate", 4), ("shared", 2)]
+)
 def test_same_losses_and_rows_as_one_process(settings, tmp_path, alone, output_rows, world):
     kind = settings | {"output_rows": output_rows}
     if output_rows != "separate":
         alone = tmp_path / "alone"
         train_with(kind, alone, 1)
     said = train_with(kind, tmp_path / "run", world)
-    assert f"micro_batch_size 1 x {BATCH // world} on {world} process(es), 96 tokens a step" in said
+    shares = f"micro_batch_size 1 x {BATCH // world} on {world} process(es)"
+    assert f"{shares}, {BATCH * 16} tokens a step" in said
     assert_same(tmp_path / "run", alone)
+
+
+def test_the_held_out_text_is_read_once_whatever_each_process_fits(settings, tmp_path, alone):
+    """micro_batch_size: auto may find another one on each card."""
+    seen = [
+        number
+        for rank, size in enumerate((4, 1, 3))
+        for numbers in train.shares(20, size, train.Place(rank, 3, torch.device("cpu"), None, ""))
+        for number in numbers
+    ]
+    assert seen == list(range(20))
+    train_with(settings, tmp_path / "run", 2, own=[[], ["micro_batch_size=3"]])
+    assert_same(tmp_path / "run", alone)
+
+
+def test_the_lowest_loss_scale_is_everyones():
+    """As rank 0's alone is in the sentry."""
+    scale = train.LossScale(65536.0, good_steps=7)
+    scale.agree(65536.0)
+    assert scale == train.LossScale(65536.0, good_steps=7)
+    scale.agree(16384.0)
+    assert scale == train.LossScale(16384.0, good_steps=0)
 
 
 def test_a_number_that_does_not_divide_the_batch(settings, tmp_path):
     """Each process says it before it looks for the others."""
-    line = "4 processes do not divide effective_batch_size 6; start one of 1, 2, 3, 6"
-    ended = Group(settings, tmp_path / "run", 4).finish()
-    assert ended == [(1, line)] * 4
+    line = "5 processes do not divide effective_batch_size 12; start one of 1, 2, 3, 4, 6, 12"
+    ended = Group(settings, tmp_path / "run", 5).finish()
+    assert ended == [(1, line)] * 5
     assert not (tmp_path / "run").exists()
 
 
@@ -192,7 +223,7 @@ def test_killed_and_continued_with_other_numbers(settings, tmp_path, alone):
     killed = Group(settings, run_dir, 2, WAKE2VEC_FAULT="before_marker@4").finish()
     assert killed[0][0] == -signal.SIGKILL and killed[1][0] == 1
     (line,) = killed[1][1].splitlines()
-    assert line == DEAD.format(1)
+    assert line.startswith(DEAD.format(1))
     train_with(settings | {"max_steps": 8}, run_dir, 3, WAKE2VEC_FAULT="")
     shutil.rmtree(run_dir / "snapshots" / "step_000008")
     shutil.rmtree(run_dir / "sentries" / "step_000008")
@@ -215,6 +246,40 @@ def test_another_node_has_no_folder_and_writes_none(settings, tmp_path, alone):
     assert "step_000004, step 4" in said
     assert_same(run_dir, alone)
     assert [path.name for path in node.iterdir()] == ["cache"]
+
+
+def test_a_node_with_newer_sentries_must_be_the_first(settings, tmp_path):
+    """Two machines, started the other way round, would begin again from nothing."""
+    here, there = f"run_dir={tmp_path / 'here'}", f"run_dir={tmp_path / 'there'}"
+    train_with(settings | {"max_steps": 2}, tmp_path / "run", 2, own=[[here], [there]])
+    ended = Group(settings, tmp_path / "run", 2, own=[[there], [here]]).finish()
+    folder = tmp_path / "there"
+    assert ended[0] == (
+        1,
+        f"a sentry of step 2 lies on another node, and none so new in {folder / 'snapshots'} or"
+        f" {folder / 'sentries'}: start that node as the first, or copy its folders here",
+    )
+    assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
+    assert not (folder / "snapshots").exists()
+
+
+def test_keys_that_all_processes_must_share(settings, tmp_path):
+    """max_steps sets the learning rate, and with eval_every when all wait for all."""
+    own = [[], ["max_steps=9", "eval_every=3", "micro_batch_size=2"]]
+    ended = Group(settings, tmp_path / "run", 2, own=own).finish()
+    assert ended[1] == (
+        1,
+        "max_steps: process 0 has 8, process 1 9\neval_every: process 0 has 8, process 1 3\n"
+        "give all processes the same",
+    )
+    assert ended[0][1].splitlines()[-1].startswith(DEAD.format(0))
+
+
+def test_a_slow_start_is_waited_for(settings, tmp_path, alone):
+    """Rank 1 needs longer to load than silence in a step may last."""
+    slow = {"WAKE2VEC_TEST_SLOW_RANK": "1"}
+    train_with(settings, tmp_path / "run", 2, **slow)
+    assert_same(tmp_path / "run", alone)
 
 
 def test_an_error_of_process_0_ends_the_others(settings, tmp_path, alone):
@@ -251,7 +316,7 @@ def test_nodes_with_other_files(settings, tmp_path):
     )
     assert ended[1] == (1, line)
     assert ended[0][0] == 1
-    assert ended[0][1].splitlines()[-1] == DEAD.format(0)
+    assert ended[0][1].splitlines()[-1].startswith(DEAD.format(0))
 
 
 def test_a_stop_signal_to_one_stops_all_at_one_step(settings, tmp_path):
@@ -274,13 +339,13 @@ def test_a_stop_signal_to_one_stops_all_at_one_step(settings, tmp_path):
 
 def test_max_restarts_goes_on_by_itself(settings, tmp_path, alone):
     """torchrun's own restart: process 0 dies after the save of step 4, twice: locally, and in its
-    copy, which the restart makes. Nobody types anything."""
+    copy, which the restart makes. Nobody types anything, and --fresh counts the first time only."""
     run_dir, path = tmp_path / "run", tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings | {"run_dir": str(run_dir)}), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     numbers = ["--nproc-per-node", "2", "--max-restarts", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WAKE2VEC_FAULT": "after_marker@4"}
-    command = [*torchrun, *numbers, "train.py", str(path)]
+    command = [*torchrun, *numbers, "train.py", str(path), "--fresh"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

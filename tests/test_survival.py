@@ -61,6 +61,13 @@ def run(settings: dict, run_dir: Path, *, fresh=False, step=None, **changes) -> 
     return train.train(path, fresh=fresh, step=step)
 
 
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def steps(folder: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in folder.glob("step_??????/state.json"))
 
@@ -229,6 +236,7 @@ def test_a_full_local_disk(settings, tmp_path, monkeypatch, straight, where):
         def fill_up(self, record: dict) -> None:
             real(self, record)
             if record["step"] == 3:
+                wait_for(lambda: steps(tmp_path / "run" / "snapshots"))  # it is written beside us
                 patch.setattr(*place, no_space)
 
         if where == "in a small file":
@@ -243,6 +251,29 @@ def test_a_full_local_disk(settings, tmp_path, monkeypatch, straight, where):
     assert line.endswith("make room, then run the same command again")
     assert steps(tmp_path / "run" / "snapshots")[0] == 2
     run(settings, tmp_path / "run")
+    assert last_save(tmp_path / "run") == straight
+
+
+def test_a_run_folder_that_cannot_be_made(settings, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    run_dir = tmp_path / "file" / "run"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings | {"run_dir": str(run_dir)}), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        train.train(path)
+    line = f"run_dir: [Errno 20] Not a directory: '{run_dir}'; give a folder that can be written"
+    assert str(caught.value) == line
+
+
+def test_a_token_cache_cut_off_is_made_again(settings, tmp_path, straight):
+    """Machines that end without warning leave files without content."""
+    run(settings, tmp_path / "run")
+    (cache,) = (tmp_path / "run" / "cache").iterdir()
+    whole = cache.read_bytes()
+    for content in (b"", whole[:40], whole[:-5]):
+        cache.write_bytes(content)
+        run(settings, tmp_path / "run")
+        assert cache.read_bytes() == whole
     assert last_save(tmp_path / "run") == straight
 
 
@@ -320,14 +351,17 @@ def test_a_start_mends_the_durable_copy_of_what_it_continues_from(settings, tmp_
 
 
 def test_copying_resumes_within_the_run(settings, tmp_path, monkeypatch, capsys, straight):
-    durable, real = tmp_path / "drive", train.Progress.step
+    durable, real, warn = tmp_path / "drive", train.Progress.step, recover.SentryWriter.warn
     durable.write_text("not a folder")
+    warned = threading.Event()
 
     def step(self, number: int, *arguments) -> None:
         if number == 5:
+            assert warned.wait(60)
             durable.unlink()
         real(self, number, *arguments)
 
+    monkeypatch.setattr(recover.SentryWriter, "warn", lambda *a: (warn(*a), warned.set()))
     monkeypatch.setattr(train.Progress, "step", step)
     run(settings, tmp_path / "run", sentry_dir=str(durable))
     said = capsys.readouterr().out

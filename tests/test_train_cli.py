@@ -168,6 +168,9 @@ def test_dry_run_plans_without_heavy_imports_and_writes_nothing(tmp_path):
     # input and output rows and their row statistics: 2 x 341 x (128 + 1) fp32
     assert "bytes per sentry 351,912\n" in result.stdout
     assert re.search(r"^T4 +fits, micro_batch_size 16$", result.stdout, re.MULTILINE)
+    kept = r"^about 4 of 4 layers can keep their activations: peak ([\d.]+) GiB$"
+    peak = float(re.search(kept, result.stdout, re.MULTILINE)[1])
+    assert float(plan["total"]) - 0.05 <= peak <= float(plan["total"]) + 0.2
     assert not run_dir.exists()
 
 
