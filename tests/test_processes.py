@@ -56,11 +56,12 @@ def worker(log: str, config: str, overrides: list[str], environment: dict[str, s
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    if environment.get("WAKE2VEC_TEST_SLOW_RANK") == environment["RANK"]:
-        real, train.SILENCE = train.load_model, datetime.timedelta(seconds=2)
+    train.SILENCE = datetime.timedelta(seconds=float(environment.get("TEST_SILENCE_SECONDS", 60)))
+    if environment.get("TEST_SLOW_RANK") == environment["RANK"]:
+        real = train.load_model
         train.load_model = lambda *arguments: (time.sleep(4), real(*arguments))[1]
-    elif "WAKE2VEC_TEST_SLOW_RANK" in environment:
-        train.SILENCE = datetime.timedelta(seconds=2)
+    if environment.get("TEST_BROKEN_RANK") == environment["RANK"]:
+        train.load_data = lambda *_: 1 / 0
     status = run_command(train.main, config, *overrides)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -277,8 +278,7 @@ def test_keys_that_all_processes_must_share(settings, tmp_path):
 
 def test_a_slow_start_is_waited_for(settings, tmp_path, alone):
     """Rank 1 needs longer to load than silence in a step may last."""
-    slow = {"WAKE2VEC_TEST_SLOW_RANK": "1"}
-    train_with(settings, tmp_path / "run", 2, **slow)
+    train_with(settings, tmp_path / "run", 2, TEST_SLOW_RANK="1", TEST_SILENCE_SECONDS="2")
     assert_same(tmp_path / "run", alone)
 
 
@@ -291,6 +291,12 @@ def test_an_error_of_process_0_ends_the_others(settings, tmp_path, alone):
         "learning_rate: the run was started with 0.01, now it is 0.5\n"
         "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
     )
+    assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
+
+
+def test_an_error_that_nobody_expected_ends_the_others_too(settings, tmp_path):
+    ended = Group(settings, tmp_path / "run", 2, TEST_BROKEN_RANK="0").finish()
+    assert ended[0][0] == 1 and ended[0][1].endswith("ZeroDivisionError: division by zero")
     assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
 
 
