@@ -214,14 +214,10 @@ def keep_cpu_weights_plain(model: object) -> int:
     registered", or training fails with "a view of a leaf Variable that requires grad is being used
     in an in-place operation". Call it after loading; returns the number of layers changed.
     """
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:  # then no layer of the model is one of its
-        return 0
-    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    num_changed = sum(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+    layers = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
-    return num_changed
+    return len(layers)
 
 
 def import_torch() -> tuple:

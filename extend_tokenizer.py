@@ -289,10 +289,10 @@ def command_line_parser(example: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(command, *arguments) -> int:
+def run_command(command, *arguments, **options) -> int:
     """Call a script's main function: 0; or 1, one line a problem on stderr and no traceback."""
     try:
-        command(*arguments)
+        command(*arguments, **options)
     except ValueError as error:
         if not hasattr(error, "problems"):  # ConfigError, SentryError and OverlayError carry them
             raise

@@ -106,9 +106,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (
-        a @ b
-    ).float()  # a CPU has no such product; bf16 logits are what the library's loss sees
+    return (a @ b).float()  # a CPU has no such product; the library's loss rounds so too
 
 
 def softmax_minus_target(base: Tensor, new: Tensor, labels: Tensor, first_new_id: int) -> Tensor:
@@ -165,45 +163,23 @@ def chunked_cross_entropy(
     Source: gradients in the forward pass as in Liger-Kernel's fused linear cross entropy; here only
             the new rows have one, so the base head is read twice and never written.
     """
-    num_rows = min(
-        len(base_rows), -(-first_new_id // 64) * 64
-    )  # 151,665 columns are misaligned for GEMMs
-    base_rows = base_rows[:num_rows]
+    if len(labels) > LOSS_GROUP_POSITIONS:
+        groups = zip(hidden_states.split(LOSS_GROUP_POSITIONS), labels.split(LOSS_GROUP_POSITIONS))
+        shared = base_rows, first_new_id, new_rows, new_rows_grad, scale, softcap
+        losses, grads = zip(*(chunked_cross_entropy(*group, *shared) for group in groups))
+        return torch.cat(losses), None if scale is None else torch.cat(grads)
+    # 151,665 columns are misaligned for GEMMs
+    base_rows = base_rows[: -(-first_new_id // 64) * 64]
     if new_rows is None:
         new_rows = hidden_states.new_empty(0, hidden_states.shape[1], dtype=torch.float32)
-    losses = torch.empty(len(labels), device=labels.device)
-    grad_hidden = None if scale is None else torch.empty_like(hidden_states, dtype=torch.float32)
-    for start in range(0, len(labels), LOSS_GROUP_POSITIONS):
-        group = slice(start, start + LOSS_GROUP_POSITIONS)
-        grads = None if grad_hidden is None else grad_hidden[group]
-        losses[group] = _group_loss(
-            hidden_states[group], labels[group], base_rows, first_new_id, new_rows, new_rows_grad,
-            grads, scale, softcap,
-        )  # fmt: skip
-    return losses, grad_hidden
-
-
-def _group_loss(
-    hidden_states: Tensor,
-    labels: Tensor,
-    base_rows: Tensor,
-    first_new_id: int,
-    new_rows: Tensor,
-    new_rows_grad: Tensor | None,
-    grad_hidden: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """chunked_cross_entropy for at most LOSS_GROUP_POSITIONS positions; writes into grad_hidden."""
-    dtype = hidden_states.dtype
+    dtype, device = hidden_states.dtype, labels.device
     softmax_scale = FLOAT16_SOFTMAX_SCALE if dtype == torch.float16 else 1.0
-    blocks = [
-        slice(s, min(s + ROW_BLOCK, len(new_rows))) for s in range(0, len(new_rows), ROW_BLOCK)
-    ]
-    new_logits = torch.empty(len(labels), len(new_rows), device=labels.device)
+    blocks = [slice(start, start + ROW_BLOCK) for start in range(0, len(new_rows), ROW_BLOCK)]
+    new_logits = torch.empty(len(labels), len(new_rows), device=device)
     for block in blocks:
         new_logits[:, block] = matmul_fp32(hidden_states, new_rows[block].to(dtype).T)
-    losses = torch.empty(len(labels), device=labels.device)
+    losses = torch.empty(len(labels), device=device)
+    grad_hidden = None if scale is None else torch.empty_like(hidden_states, dtype=torch.float32)
     for start in range(0, len(labels), LOSS_CHUNK_POSITIONS):
         chunk = slice(start, start + LOSS_CHUNK_POSITIONS)
         base, new = matmul_fp32(hidden_states[chunk], base_rows.T), new_logits[chunk]
@@ -224,7 +200,7 @@ def _group_loss(
                 d_rows = matmul_fp32(d_logits.T, hidden_states)
                 new_rows_grad[block].add_(d_rows, alpha=scale / softmax_scale)
         grad_hidden *= scale / softmax_scale
-    return losses
+    return losses, grad_hidden
 
 
 def soft_cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
@@ -243,12 +219,7 @@ class OverlayEmbedding(nn.Module):
     def __init__(self, overlay: "WakeOverlay"):
         super().__init__()
         self.rows = overlay.input_rows  # first parameter, so model.device is where the rows are
-        self.base = [overlay.embedding]  # in a list: the base table is no parameter of this module
-        self.overlay = [overlay]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base[0].weight
+        self.overlay = [overlay]  # in a list: its base table is no parameter of this module
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.overlay[0].embed(input_ids)
@@ -260,18 +231,13 @@ class OverlayHead(nn.Module):
     def __init__(self, overlay: "WakeOverlay"):
         super().__init__()
         self.rows = overlay.logit_rows
-        self.base_rows = [overlay.base_rows]
-        self.first_new_id = overlay.first_new_id
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_rows[0]
+        self.overlay = [overlay]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        base = nn.functional.linear(hidden_states, self.base_rows[0][: self.first_new_id])
-        if (
-            hidden_states.shape[:-1].numel() <= 8
-        ):  # generating: reading fp32 rows beats casting them all
+        overlay = self.overlay[0]
+        base = nn.functional.linear(hidden_states, overlay.base_rows[: overlay.first_new_id])
+        # generating: reading fp32 rows beats casting them all
+        if hidden_states.shape[:-1].numel() <= 8:
             new = nn.functional.linear(hidden_states.float(), self.rows).to(base.dtype)
         else:
             new = nn.functional.linear(hidden_states, self.rows.to(hidden_states.dtype))
@@ -364,9 +330,7 @@ class WakeOverlay(nn.Module):
         """Clear the gradients; input_ids: all ids of the step, of every process and micro-batch."""
         new_ids = input_ids[input_ids >= self.first_new_id].unique()  # sorted
         self.touched = (new_ids - self.first_new_id).to(self.input_rows.device)
-        self.input_grad = torch.zeros(
-            len(new_ids), self.input_rows.shape[1], device=self.input_rows.device
-        )
+        self.input_grad = self.input_rows.new_zeros(len(new_ids), self.input_rows.shape[1])
         if self.output_grad is not None:
             self.output_grad.zero_()
 
@@ -382,16 +346,11 @@ class WakeOverlay(nn.Module):
         Shapes: hidden_states (batch, seq, H), labels (batch, seq) -> losses (batch, seq) fp32,
                 gradient (batch, seq, H) fp32 or None; output row gradients are added to output_grad
         """
-        flat = hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device)
         losses, grad = chunked_cross_entropy(
-            *flat,
-            self.base_rows,
-            len(self.base_rows) if base_only else self.first_new_id,
-            None if base_only else self.logit_rows.detach(),
-            self.output_grad,
-            scale,
-            self.softcap,
-        )
+            hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device),
+            self.base_rows, len(self.base_rows) if base_only else self.first_new_id,
+            None if base_only else self.logit_rows.detach(), self.output_grad, scale, self.softcap,
+        )  # fmt: skip
         return losses.view(labels.shape), None if grad is None else grad.view(hidden_states.shape)
 
     def add_input_gradient(self, input_ids: Tensor, grad: Tensor) -> None:
@@ -458,9 +417,8 @@ def check_head(model: nn.Module, first_new_id: int = 0) -> None:
     if head is None or embedding is None or getattr(model.config, "is_encoder_decoder", False):
         raise OverlayError(f"{name} has no input embedding and output head of one text; {wanted}")
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-        raise OverlayError(
-            f"{name} has a {type(head).__name__} head with a bias or no weight; {wanted}"
-        )
+        kind = type(head).__name__
+        raise OverlayError(f"{name} has a {kind} head with a bias or no weight; {wanted}")
     quantized = getattr(head.weight, "quant_state", None) is not None
     if type(head).forward is not nn.Linear.forward and not quantized:
         raise OverlayError(f"{name} has a {type(head).__name__} as output head; {wanted}")

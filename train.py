@@ -58,6 +58,7 @@ if "SentryWriter" not in globals():
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
 GIB = 2**30
 SAMPLE_TOKENS = 48  # tokens that continue each prompt
+CLEAR_LINE = "\r\x1b[K"  # a terminal's current one
 START_PATIENCE_SECONDS = 30.0  # for a mounted Drive that hangs while the saves are read
 SILENCE = datetime.timedelta(minutes=3)  # of another process in a step; then it is taken for dead
 FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps without one
@@ -473,9 +474,8 @@ def first_rows(
 ) -> tuple[Tensor, Tensor | None, bool]:
     """(input rows, output rows or None where shared, whether the output side trains) at step 0;
     zeros where a sentry's take their place: the 14B's means are 3 s of work on two CPU cores."""
-    tables = [
-        dense_weight(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [dense_weight(module) for module in modules]
     tied = tables[0].data_ptr() == tables[1].data_ptr()
     mode = config.output_rows
     if mode == "auto":
@@ -1132,30 +1132,23 @@ class Progress:
     def __init__(self, place: Place, config: Config, first_step: int):
         self.place, self.config, self.first_step = place, config, first_step
         self.terminal = place.rank == 0 and sys.stdout.isatty()
-        self.drawn_at, self.width, self.seconds = 0.0, 0, []
+        self.drawn_at, self.seconds = 0.0, []
 
     def step(self, step: int, line: str, seconds: float) -> None:
         if step - self.first_step > 10 or self.config.max_steps - self.first_step <= 20:
             self.seconds.append(seconds)  # the first ten warm up
-        left = "" if not self.seconds else self.time_left(step)
-        logged = step % self.config.log_every == 0 or step == self.config.max_steps
+        if recent := self.seconds[-50:]:
+            left = sum(recent) / len(recent) * (self.config.max_steps - step)
+            line += f"  {datetime.timedelta(seconds=round(left))} left"
         if self.terminal and time.monotonic() - self.drawn_at > 2:
             self.drawn_at = time.monotonic()
-            text = f"{line}  {left}"
-            print("\r" + text.ljust(self.width), end="", flush=True)
-            self.width = len(text)
-        elif not self.terminal and logged:
-            self.place.say(f"{line}  {left}")
-
-    def time_left(self, step: int) -> str:
-        mean = sum(self.seconds[-50:]) / len(self.seconds[-50:])
-        return f"{datetime.timedelta(seconds=round(mean * (self.config.max_steps - step)))} left"
+            print(f"{CLEAR_LINE}{line}", end="", flush=True)
+        logged = step % self.config.log_every == 0 or step == self.config.max_steps
+        if not self.terminal and logged:
+            self.place.say(line)
 
     def say(self, text: str) -> None:
-        if self.terminal and self.width:
-            print("\r" + " " * self.width + "\r", end="")
-            self.width = 0
-        self.place.say(text)
+        self.place.say(CLEAR_LINE + text if self.terminal else text)
 
 
 # ---- Saving and continuing -----------------------------------------------------------------------
@@ -1939,10 +1932,5 @@ def main(config_path: str, *overrides: str, fresh: bool = False, step: int | Non
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    raise SystemExit(
-        run_command(
-            lambda: main(
-                ARGUMENTS.config, *ARGUMENTS.overrides, fresh=ARGUMENTS.fresh, step=ARGUMENTS.step
-            )
-        )
-    )
+    OPTIONS = {"fresh": ARGUMENTS.fresh, "step": ARGUMENTS.step}
+    raise SystemExit(run_command(main, ARGUMENTS.config, *ARGUMENTS.overrides, **OPTIONS))

@@ -73,7 +73,7 @@ def test_the_loss_table():
     "rank, terminal, wanted",
     [
         (0, False, "a step  0:00:59 left\na word\n"),
-        (0, True, "\ra step  0:00:59 left\r" + 20 * " " + "\ra word\n"),
+        (0, True, "\r\x1b[Ka step  0:00:59 left\r\x1b[Ka word\n"),
         (1, False, ""),
         (1, True, ""),  # under torchrun all processes write to one terminal
     ],
