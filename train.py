@@ -275,7 +275,7 @@ def join_processes(rank: int, world: int, backend: str) -> dist.ProcessGroup:
         store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             # torchrun 2.13 restarts on the old store, where the dead ones' addresses still stand.
-            # Several nodes count their restarts each for itself: README, "Several GPUs".
+            # Several nodes count their restarts each for itself: README, "Limits".
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt_{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SILENCE)
@@ -1550,6 +1550,7 @@ class Run:
         return self.measure()
 
     def measure(self) -> dict:
+        """One try of `evaluate`; what it records comes last."""
         record = {"step": self.step, "kind": "eval"}
         parts = self.overlay, self.data, self.config, self.place, self.fit.micro_batch_size
         if self.base_bits_per_byte is None:
@@ -1605,7 +1606,6 @@ def begin(config: Config, place: Place, fresh: bool, step: int | None, newest: i
         write_config(config)
         place.say(format_report(words.report))
     model = load_model(config, place)
-    meet(place)
     state = sentry.state if sentry else {}
     on_gpu, rows = place.device.type == "cuda", first_rows(config, model, words, sentry)
     overlay = WakeOverlay(model, words.first_new_id, *rows, offload_input_table=on_gpu)
@@ -1618,6 +1618,7 @@ def begin(config: Config, place: Place, fresh: bool, step: int | None, newest: i
         if place.rank == 0:
             load_rows(optimizer, sentry)
         restore_random_state(state["random_state"])
+    meet(place)
     if place.world > 1:  # the other nodes may not have the sentry's folder
         for tensor in optimizer.tensors().values():
             dist.broadcast(tensor, 0)

@@ -113,6 +113,25 @@ def test_out_of_memory_in_mid_run_halves_the_micro_batch(
     )
 
 
+def test_out_of_memory_in_a_capture_leaves_a_run_without_graphs(
+    values, eager, tmp_path, monkeypatch, capsys
+):
+    """In the midst of a backward pass, with a layer's input on its way."""
+    real, passes = train.HostInputs.take, []
+
+    def take(inputs, number):
+        hidden_states = real(inputs, number)
+        if torch.cuda.is_current_stream_capturing() and number == 3:
+            passes.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden_states
+
+    monkeypatch.setattr(train.HostInputs, "take", take)
+    found = run(values, tmp_path / "run", gradient_checkpointing="true")
+    assert found == pytest.approx(eager, rel=5e-3) and len(passes) == 1
+    assert ", fused, not as CUDA graphs: out of memory" in capsys.readouterr().out
+
+
 def test_inputs_of_recomputed_layers_leave_the_card(values):
     """Six layers' inputs, 64 x 128 x 512 bf16: 8 MiB each; five of them are elsewhere."""
     config = Config(**{**values, "run_dir": "-", "quantization": "none"})
