@@ -227,15 +227,19 @@ def test_a_card_that_is_too_small(monkeypatch, tmp_path, size, advice):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_without_a_mask_is_the_same_to_the_bit(monkeypatch, family):
-    """In a CUDA graph too, for which the library makes a dense mask."""
+    """In a CUDA graph too, for which the library makes a dense mask; and in generation, which asks
+    one token of a cache."""
     model, seen = make_model(family), []
     ids = torch.randint(0, FIRST_NEW_ID, (2, 24), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=ids, use_cache=False).logits
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    continued = model.generate(ids[:1], **greedy)
     kind = model.config._attn_implementation
     train.attend_causally(model)
     has_window = getattr(model.config, "sliding_window", None)
     causal = model.config._attn_implementation == "causal_sdpa"
     assert causal == (kind == "sdpa" and not has_window) and causal != family.startswith("gemma")
+    assert torch.equal(model.generate(ids[:1], **greedy), continued)
     real = torch.nn.functional.scaled_dot_product_attention
 
     def attention(*arguments, attn_mask=None, **keywords):
