@@ -52,7 +52,7 @@ if "Config" not in globals():
 if "SentryWriter" not in globals():
     from recover import (
         Sentry, SentryError, SentryWriter, pick_sentry, read_tensors, sentry_folders, set_aside,
-        write_tensors,
+        sync, write_tensors,
     )  # fmt: skip
 
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
@@ -61,6 +61,7 @@ SAMPLE_TOKENS = 48  # tokens that continue each prompt
 CLEAR_LINE = "\r\x1b[K"  # a terminal's current one
 START_PATIENCE_SECONDS = 30.0  # for a mounted Drive that hangs while the saves are read
 SILENCE = datetime.timedelta(minutes=3)  # of another process in a step; then it is taken for dead
+PATIENCE = datetime.timedelta(hours=2)  # with another's download, or its disk
 FLOAT16_LOSS_SCALE = 65536.0  # halved at each overflow, doubled after 200 steps without one
 # A run may continue although these differ: they change how it runs, not what it computes. The
 # content of lexicon and corpus is compared by hash.
@@ -268,21 +269,26 @@ def find_place(config: Config) -> Place:
 def join_processes(rank: int, world: int, backend: str) -> dist.ProcessGroup:
     """Find the others where torchrun says. Raises: ConfigError where one of them does not come.
 
-    In a step the others must come within SILENCE. The group returned has more patience, and over
-    gloo, on GPUs too, it notices at once when one of them has died.
+    In a step the others must come within SILENCE. The group returned is for `meet`: over gloo, on
+    GPUs too, it notices at once when one of them has died.
     """
     try:
-        store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))[0]
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun 2.13 restarts on the old store, where the dead ones' addresses still stand.
-            # Several nodes count their restarts each for itself: README, "Limits".
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SILENCE)
-        return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+        if not dist.is_initialized():  # a notebook's second run has its group already
+            store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))[0]
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+                # torchrun 2.13 restarts on the old store, where the dead ones' addresses still
+                # stand. Several nodes count their restarts each for itself: README, "Limits".
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt_{attempt}", store)
+            known = {"store": store, "rank": rank, "world_size": world}
+            dist.init_process_group(backend, timeout=SILENCE, **known)
+        dist.new_group(backend="gloo", timeout=SILENCE)  # can the others be reached at all?
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"process {rank} ends: the others cannot be reached: {reason}") from error
+        raise ConfigError(
+            f"process {rank} ends: the others cannot be reached: {str(error).splitlines()[0]}"
+            " (GLOO_SOCKET_IFNAME names the network interface, where it is the wrong one)"
+        ) from error
 
 
 def meet(place: Place) -> None:
@@ -357,6 +363,7 @@ def load_data(config: Config, words: NewWords) -> Data:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(f".part{os.getpid()}")
         write_tensors(part, arrays)
+        sync(part)
         part.rename(cache)
     streams = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     for name, change in (("train", "give more text"), ("val", "raise val_fraction")):
@@ -594,13 +601,13 @@ def attend_causally(model) -> None:
         model.set_attn_implementation("causal_sdpa")
 
 
-def fuse_elementwise(model) -> None:
+def fuse_elementwise(model, dtype: torch.dtype) -> None:
     """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training.
 
     These are memory-bound: fused they save 95 of the 407 ms that the kernels of a 14B step take on
     an H100. Pieces and not whole layers: a compiled layer recomputes its down projection too, which
-    nothing needs (331 ms against 312). All pieces are compared with the originals, forward and
-    backward, before one is used.
+    nothing needs (331 ms against 312). All pieces are compared with the originals in dtype, forward
+    and backward, before one is used.
     Raises: RuntimeError or ImportError where there is no Triton or compiler, or other numbers.
     """
     torch._dynamo.reset()  # of an earlier run here; a piece has a kernel for each micro-batch tried
@@ -611,12 +618,12 @@ def fuse_elementwise(model) -> None:
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     gated = [module for module in modules if all(hasattr(module, name) for name in names)]
     modeling, rotary = rotary_of(model)
-    probe = torch.randn(4, 2, 64, hidden_size, device=model.device, dtype=model.dtype)
+    probe = torch.randn(4, 2, 64, hidden_size, device=model.device, dtype=dtype)
     forwards = {}
     for kind in {type(module) for module in norms}:
         same = [module for module in norms if type(module) is kind]
         size = same[0].weight.shape[0]
-        fused = when_training(kind.forward, probe[0, ..., :size], module=same[0])
+        fused = when_training(kind.forward, probe[0, ..., :size], before=(same[0],))
         forwards |= {module: types.MethodType(fused, module) for module in same}
     if gated:
         activation = gated[0].act_fn
@@ -625,7 +632,7 @@ def fuse_elementwise(model) -> None:
     if rotary and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
         attention = getattr(model.base_model.layers[0], "self_attn", None)
         q, k, cos, sin = probe[..., : getattr(attention, "head_dim", 64)]
-        rotary = when_training(rotary, q[:, None], k[:, None], cos, sin)
+        rotary = when_training(rotary, q[:, None], k[:, None], after=(cos, sin))
     for module, forward in forwards.items():
         module.forward = forward
     if rotary:
@@ -642,16 +649,17 @@ def rotary_of(model) -> tuple[types.ModuleType, Callable | None]:
     return modeling, rotary
 
 
-def when_training(original: Callable, *probes: Tensor, module=None) -> Callable:
+def when_training(original: Callable, *probes: Tensor, before=(), after=()) -> Callable:
     """`original`, compiled where gradients are on; shapes vary in evaluation and generation.
 
+    before, after: its arguments that take no gradient
     Raises: RuntimeError where its results or gradients on the probes differ.
     """
     compiled, results = torch.compile(original, dynamic=False), []
     for function in (original, compiled):
         inputs = [probe.detach().clone().requires_grad_() for probe in probes]
         with torch.enable_grad():
-            outputs = function(*([module] if module is not None else []), *inputs)
+            outputs = function(*before, *inputs, *after)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])
         results.append([tensor.detach().float() for tensor in (*outputs, *grads)])
@@ -952,6 +960,7 @@ def evaluate(
         for kind, of_kind in enumerate((y < overlay.first_new_id, y >= overlay.first_new_id)):
             sums[kind] += torch.stack([losses[of_kind].sum(), of_kind.sum()])
     sums = sums.to(place.device)
+    meet(place)
     add_up(place, sums)
     (nats, count), (new_nats, new_count) = sums.tolist()
     text = data.val_text[data.val_ends[0] : data.val_ends[num_sequences * config.seq_len]]
@@ -996,6 +1005,7 @@ def evaluate_base(
         losses, _ = overlay.loss(body.last_hidden_state, y, base_only=True)
         total += losses.double().sum().cpu()
     total = total.to(place.device)
+    meet(place)
     add_up(place, total)
     text = data.val_text[ends[0] : ends[num_sequences * seq_len]]
     return total.item() / math.log(2) / len(text.encode("utf-8"))
@@ -1377,7 +1387,8 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
     use_graph = fused and place.dtype == torch.bfloat16
     if use_graph:
         attend_causally(overlay.model[0])
-    batch = prepare_step(1, overlay, data, config, place)
+    # the second lies beside the first while that is worked on
+    batch, _following = (prepare_step(step, overlay, data, config, place) for step in (1, 2))
     for fit.micro_batch_size in sizes:
         peak_of = functools.partial(peak_bytes, overlay, batch, fit.micro_batch_size)
         if (peak := peak_of(fit.recomputed)) is not None:
@@ -1406,7 +1417,7 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
 def try_to_fuse(fit: Fit, overlay: WakeOverlay) -> bool:
     """Fuse elementwise work, or say in fit.note why not."""
     try:
-        fuse_elementwise(overlay.model[0])
+        fuse_elementwise(overlay.model[0], overlay.dtype)
     except (RuntimeError, ImportError) as error:
         fit.note = f", not fused: {str(error).strip().splitlines()[0]}"
         return False
@@ -1423,13 +1434,15 @@ def capture(fit: Fit, overlay: WakeOverlay, shape: tuple[int, int], scale: float
         fit.graph = GraphedPass(overlay, shape, scale)
         fit.note += ", as CUDA graphs"
         fit.peak_bytes = torch.cuda.max_memory_allocated()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        if not memory:  # an operation that no graph can hold
+            raise ConfigError(
+                "the pass cannot become CUDA graphs; start again, in a notebook after a restart of"
+                f" its kernel, with compile: false ({one_line(error.__context__ or error)})"
+            ) from error
         fit.note += ", not as CUDA graphs: out of memory"
-    except RuntimeError as error:  # an operation that no graph can hold
-        raise ConfigError(
-            "the pass cannot become CUDA graphs; start again, in a notebook after a restart of its"
-            f" kernel, with compile: false ({one_line(error)})"
-        ) from error
+    gc.collect()  # the error and the frames that it names hold each other, and the pass's tensors
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -1660,17 +1673,24 @@ def prepare(
     """
     if place.rank == 0:
         with heard_by_all(place):
+            # torchrun repeats its command at each restart; what it began is not begun again
+            mark, run_id = Path(config.run_dir) / ".launch", os.environ.get("TORCHELASTIC_RUN_ID")
+            launch = f"{run_id} {os.getppid()}"
+            if run_id and mark.exists() and mark.read_text(encoding="utf-8") == launch:
+                fresh, step = False, None
             if fresh:
                 start_over(config)
             words = extend(config)
             data = load_data(config, words)
             identity = run_identity(config, words, data)
             sentry = find_sentry(config, folders, identity, place, step)
+            if run_id and (fresh or step):
+                write_text(mark, launch)
             if not (fresh or step) and newest > (sentry.step if sentry else -1):
                 raise SentryError(
                     f"a sentry of step {newest} lies on another node, and none so new in"
-                    f" {folders[0]} or {folders[1]}: start that node as the first, or copy its"
-                    " folders here"
+                    f" {folders[0]} or {folders[1]}: start that node as the first, copy its folders"
+                    " here, or move it away if it is of an older run"
                 )
         if place.world > 1:
             message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
@@ -1692,17 +1712,15 @@ def prepare(
     return words, data, Sentry(folders[0], *chosen) if chosen else None
 
 
-def starting_points(place: Place, run_dir: Path) -> tuple[int, int]:
-    """(how often torchrun has restarted this run, the newest step whose sentry is with another
-    process and not with the first, or -1): the largest of all processes'."""
+def newest_elsewhere(place: Place, run_dir: Path) -> int:
+    """The newest step that another process has a sentry of and this one has not, or -1."""
     steps = [-1]
     with contextlib.suppress(SentryError):  # a folder that cannot be read: process 0 will say it
         steps += [step for step, _ in sentry_folders(run_dir / "snapshots")]
-    found = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), max(steps)])
+    newest = torch.tensor(max(steps))
     if place.group:
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=place.group)
-    restarts, newest = found.tolist()
-    return restarts, newest if newest > max(steps) else -1
+        dist.all_reduce(newest, dist.ReduceOp.MAX, group=place.group)
+    return newest.item() if newest > max(steps) else -1
 
 
 @contextlib.contextmanager
@@ -1718,6 +1736,7 @@ def heard_by_all(place: Place):
 
 def tell(place: Place, message: object) -> object:
     """Rank 0's message on every process, as JSON, however long it takes to come."""
+    meet(place)
     text = bytearray(json.dumps(message).encode("utf-8"))
     size = torch.tensor(len(text))
     dist.broadcast(size, 0, group=place.group)
@@ -1849,6 +1868,7 @@ def train_steps(run: Run, stop: StopRequest) -> None:
             progress.say(eval_line(run.evaluate()))
         if step % config.save_every == 0 or step % config.snapshot_every == 0 or last:
             run.save(durable=step % config.save_every == 0 or last)
+            meet(place)  # process 0 may have waited for the save before
         if run.writer:
             run.writer.check()
         if stopping:
@@ -1895,9 +1915,7 @@ def train(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     place = find_place(config)
-    restarts, newest = starting_points(place, Path(config.run_dir))
-    if restarts:  # torchrun repeats its command each time
-        fresh, step = False, None
+    newest = newest_elsewhere(place, Path(config.run_dir))
     lock = contextlib.nullcontext()
     if place.rank == 0:
         with heard_by_all(place):

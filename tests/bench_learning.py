@@ -269,7 +269,7 @@ def main(argv: list[str]) -> None:
     base_bits: dict = {}
     for name in arguments.recipes or RECIPES:
         run(name, RECIPES[name], model, config, place, base_bits)
-        train.fuse_elementwise = lambda model: None  # once for all recipes: they share the model
+        train.fuse_elementwise = lambda *_: None  # once for all recipes: they share the model
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ python -m pytest tests/test_fit.py        (CPU; what only a GPU shows is in test
 
 import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,7 +152,7 @@ class Fitted:
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * train.GIB, 80 * train.GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 18 * train.GIB)
-        monkeypatch.setattr(train, "fuse_elementwise", lambda model: None)
+        monkeypatch.setattr(train, "fuse_elementwise", lambda *_: None)
         monkeypatch.setattr(
             train, "prepare_step", lambda *_: SimpleNamespace(all_ids=torch.ones(9))
         )
@@ -164,7 +166,9 @@ class Fitted:
         monkeypatch.setattr(train, "peak_bytes", peak_bytes)
         for name in ("rotary_of", "attend_causally"):
             monkeypatch.setattr(train, name, lambda model: None)
-        overlay = SimpleNamespace(body=SimpleNamespace(layers=range(48)), model=[None])
+        overlay = SimpleNamespace(
+            body=SimpleNamespace(layers=range(48)), model=[None], dtype=torch.bfloat16
+        )
         config = settings(tmp_path, effective_batch_size=16, micro_batch_size="auto")
         config = dataclasses.replace(config, **{"max_gpu_gib": 14.0, **changes})
         place = train.Place(0, world, torch.device("cuda", 0), dtype, "")
@@ -284,7 +288,7 @@ def test_fused_pieces_serve_training_alone(monkeypatch, rotary):
     model, used = make_model("qwen2_untied"), []
     compile_as(monkeypatch, lambda output: used.append(1) or output)
     wanted = losses_of(model)
-    train.fuse_elementwise(model)
+    train.fuse_elementwise(model, torch.float32)
     assert len(used) == 4 and hasattr(rotary(), "eager")  # a norm, a gate, and q and k, once each
     assert torch.equal(losses_of(model), wanted) and len(used) > 4
     used.clear()
@@ -321,16 +325,26 @@ def test_a_piece_that_is_wrong_leaves_the_model_as_it_was(monkeypatch, rotary, c
     model, fit = make_model("qwen2_untied"), train.Fit(1, 0)
     before = rotary()
     compile_as(monkeypatch, change)
-    assert not train.try_to_fuse(fit, SimpleNamespace(model=[model]))
+    assert not train.try_to_fuse(fit, SimpleNamespace(model=[model], dtype=torch.float32))
     assert fit.note.startswith(f", not fused: {note}")
     assert rotary() is before
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_pieces_are_proved_in_the_dtype_that_trains(monkeypatch, rotary):
+    """The new rows are fp32, and the model's first parameter once the overlay is in."""
+    model, seen = make_model("qwen2_untied", torch.bfloat16), set()
+    WakeOverlay(model, FIRST_NEW_ID, random_rows(model, 5, 1), random_rows(model, 5, 2)).install()
+    compile_as(monkeypatch, lambda output: seen.add(output.dtype) or output)
+    fit = train.Fit(1, 0)
+    assert train.try_to_fuse(fit, SimpleNamespace(model=[model], dtype=torch.bfloat16))
+    assert model.dtype == torch.float32 and seen == {torch.bfloat16}
+
+
 def test_a_run_without_compile_undoes_what_an_earlier_one_fused(monkeypatch, rotary):
     before = rotary()
     compile_as(monkeypatch, lambda output: output)
-    train.fuse_elementwise(make_model("qwen2_untied"))
+    train.fuse_elementwise(make_model("qwen2_untied"), torch.float32)
     assert rotary() is not before
     train.rotary_of(make_model("qwen2_untied"))  # as fit_to_machine does
     assert rotary() is before
@@ -377,14 +391,42 @@ def test_a_capture_that_fails(monkeypatch):
 
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    fit = graphed(torch.OutOfMemoryError())
-    assert (fit.graph, fit.note) == (None, ", not as CUDA graphs: out of memory")
+    for error in (torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")):
+        fit = graphed(error)
+        assert (fit.graph, fit.note) == (None, ", not as CUDA graphs: out of memory")
     with pytest.raises(ConfigError) as error:
         graphed(RuntimeError("operation not permitted\nwhen stream is capturing"))
     assert str(error.value) == (
         "the pass cannot become CUDA graphs; start again, in a notebook after a restart of its"
         " kernel, with compile: false (operation not permitted when stream is capturing)"
     )
+
+
+def test_nothing_of_a_capture_without_memory_stays(monkeypatch):
+    """Its error and frames hold each other, and with them the pass's tensors."""
+    held = []
+
+    class Pass:
+        def __init__(self, *_):
+            tensor = torch.zeros(9)
+            held.append(weakref.ref(tensor))
+            failed = torch.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise failed
+            finally:
+                assert tensor is not None
+
+    alive = []
+    monkeypatch.setattr(train, "GraphedPass", Pass)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[0]()))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    gc.collect()
+    gc.disable()
+    try:
+        train.capture(train.Fit(1, 0), None, (1, 2), 1.0)
+    finally:
+        gc.enable()
+    assert alive == [None]
 
 
 def test_out_of_memory_in_an_evaluation_lets_the_graphs_go(tmp_path, monkeypatch, capsys):

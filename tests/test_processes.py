@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_models import save_model, write_words
 
+import recover
 import train
 from extend_tokenizer import run_command
 
@@ -47,7 +48,9 @@ def settings(tmp_path_factory) -> dict:
     }  # fmt: skip
 
 
-def worker(log: str, config: str, overrides: list[str], environment: dict[str, str]) -> None:
+def worker(
+    log: str, config: str, overrides: list[str], environment: dict[str, str], fresh: bool
+) -> None:
     """In a fork: `python train.py CONFIG OVERRIDES` as torchrun starts it, without the imports."""
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -60,9 +63,12 @@ def worker(log: str, config: str, overrides: list[str], environment: dict[str, s
     if environment.get("TEST_SLOW_RANK") == environment["RANK"]:
         real = train.load_model
         train.load_model = lambda *arguments: (time.sleep(4), real(*arguments))[1]
+    if seconds := environment.get("TEST_SLOW_SAVES"):
+        write = recover.write_sentry
+        recover.write_sentry = lambda *arguments: (time.sleep(float(seconds)), write(*arguments))[1]
     if environment.get("TEST_BROKEN_RANK") == environment["RANK"]:
         train.load_data = lambda *_: 1 / 0
-    status = run_command(train.main, config, *overrides)
+    status = run_command(train.main, config, *overrides, fresh=fresh)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -71,7 +77,9 @@ def worker(log: str, config: str, overrides: list[str], environment: dict[str, s
 class Group:
     """The processes of one start; logs beside the run folder."""
 
-    def __init__(self, settings: dict, run_dir: Path, world: int, own=(), **environment: str):
+    def __init__(
+        self, settings: dict, run_dir: Path, world: int, own=(), fresh=False, **environment: str
+    ):
         """own: for each process the key=value overrides that only it gets."""
         path = run_dir.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(settings | {"run_dir": str(run_dir)}), encoding="utf-8")
@@ -86,7 +94,7 @@ class Group:
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             overrides = list(own[rank]) if own else []
-            arguments = str(log), str(path), overrides, environment | ranks | place
+            arguments = str(log), str(path), overrides, environment | ranks | place, fresh
             self.processes.append(context.Process(target=worker, args=arguments, daemon=True))
             self.processes[-1].start()
 
@@ -258,7 +266,8 @@ def test_a_node_with_newer_sentries_must_be_the_first(settings, tmp_path):
     assert ended[0] == (
         1,
         f"a sentry of step 2 lies on another node, and none so new in {folder / 'snapshots'} or"
-        f" {folder / 'sentries'}: start that node as the first, or copy its folders here",
+        f" {folder / 'sentries'}: start that node as the first, copy its folders here, or move it"
+        " away if it is of an older run",
     )
     assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
     assert not (folder / "snapshots").exists()
@@ -279,6 +288,12 @@ def test_keys_that_all_processes_must_share(settings, tmp_path):
 def test_a_slow_start_is_waited_for(settings, tmp_path, alone):
     """Rank 1 needs longer to load than silence in a step may last."""
     train_with(settings, tmp_path / "run", 2, TEST_SLOW_RANK="1", TEST_SILENCE_SECONDS="2")
+    assert_same(tmp_path / "run", alone)
+
+
+def test_a_slow_disk_of_process_0_is_waited_for(settings, tmp_path, alone):
+    """It waits for the save before; the others in the sum of a step would not wait so long."""
+    train_with(settings, tmp_path / "run", 2, TEST_SLOW_SAVES="3", TEST_SILENCE_SECONDS="2")
     assert_same(tmp_path / "run", alone)
 
 
@@ -309,6 +324,20 @@ def test_a_locked_run_folder_ends_all_with_its_reason(settings, tmp_path):
     line = f"run_dir: another training is using {run_dir}; wait for it, or give another run_dir"
     assert ended[0] == (1, line)
     assert ended[1] == (1, "process 1 ends: process 0 could not start and says why")
+
+
+def test_a_restart_of_torchrun_begins_fresh_only_where_it_has_not(settings, tmp_path, alone):
+    """What fails before the old run is put aside has not begun anew."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone, run_dir)
+    train_with(
+        settings, run_dir, 1, fresh=True, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="1"
+    )
+    assert (run_dir / "old-1").is_dir() and not (run_dir / "old-2").exists()
+    said = train_with(settings, run_dir, 1, fresh=True, TORCHELASTIC_RUN_ID="x")
+    assert "continuing from" in said and not (run_dir / "old-2").exists()  # of the same parent
+    train_with(settings, run_dir, 1, fresh=True, TORCHELASTIC_RUN_ID="y")
+    assert (run_dir / "old-2").is_dir()
 
 
 def test_nodes_with_other_files(settings, tmp_path):
