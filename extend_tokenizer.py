@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -110,9 +111,10 @@ class Config:
     snapshot_every: int = key(20, "steps between whole saves on the local disk", low=1)
     keep_sentries: int = key(3, "newest saves that stay in each folder", low=1)
     val_fraction: float = key(0.1, "share of the corpus held out", above=0.0, high=0.5)
-    seed: int = key(42, "data order, random rows, samples", low=0)
+    seed: int = key(42, "data order, random rows, samples", low=0, high=10**9)
     run_dir: str = key("", "local run folder", required=True)
-    sentry_dir: str | None = key(None, "durable folder, a mounted Drive; null: RUN_DIR/sentries")
+    sentry_dir: str | None = key(None, "durable folder of this run alone, a mounted Drive; null:"
+                                       " RUN_DIR/sentries")
     max_gpu_gib: float | None = key(None, "cap on what the program may take of the GPU, GiB",
                                     above=0.0)
     prompts: tuple[str, ...] = key((), "texts continued at each evaluation")
@@ -177,7 +179,7 @@ def converted(field: dataclasses.Field, value):
         return field.default
     if field.type == tuple[str, ...]:
         items = value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(item, (str, Path)) for item in items):
+        if not all(isinstance(item, (str, Path)) and str(item).strip() for item in items):
             raise wrong
         return tuple(map(str, items))
     as_written = read is str and "choices" not in limits
@@ -189,6 +191,8 @@ def converted(field: dataclasses.Field, value):
     result = read(text)
     if isinstance(result, str):
         return result
+    if math.isinf(result):  # as YAML and Python read 1e400
+        raise wrong
     too_low = result < limits.get("low", result) or result <= limits.get("above", result - 1)
     if too_low or result > limits.get("high", result):
         raise wrong
@@ -297,6 +301,9 @@ def run_command(command, *arguments, **options) -> int:
         if not hasattr(error, "problems"):  # ConfigError, SentryError and OverlayError carry them
             raise
         print("\n".join(error.problems), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before there is anything to save
+        print("stopped by SIGINT", file=sys.stderr)
         return 1
     return 0
 
@@ -871,27 +878,44 @@ def save_tokenizer(folder: Path, new: NewWords) -> None:
 def extend(config: Config, save: bool = True) -> NewWords:
     """Plan, report, and write RUN_DIR/tokenizer/; the same settings and files give the same bytes.
 
-    A lexicon from_corpus is written to RUN_DIR/lexicon.txt once; later calls read what is there.
     Raises: ConfigError, before anything is written or where RUN_DIR cannot be written.
     """
     new = plan_new_words(config)
     new = dataclasses.replace(new, report=make_report(config, new))
-    lexicon = Path(config.run_dir, "lexicon.txt")
-    try:
-        if save:
-            save_tokenizer(lexicon.with_name("tokenizer"), new)
-        if save and config.lexicon == "from_corpus" and not lexicon.exists():
-            write_text(lexicon, "".join(f"{word}\n" for word in new.lexicon.words))
-    except OSError as error:
-        raise ConfigError(f"run_dir {config.run_dir!r}: cannot be written: {error}") from None
+    if save:
+        save_new_words(config, new)
     return new
 
 
+def save_new_words(config: Config, new: NewWords) -> None:
+    """RUN_DIR/tokenizer/, and RUN_DIR/lexicon.txt of a lexicon from_corpus once; later calls read
+    what is there. Raises: ConfigError where RUN_DIR cannot be written."""
+    lexicon = Path(config.run_dir, "lexicon.txt")
+    try:
+        save_tokenizer(lexicon.with_name("tokenizer"), new)
+        if config.lexicon == "from_corpus" and not lexicon.exists():
+            write_text(lexicon, "".join(f"{word}\n" for word in new.lexicon.words))
+    except OSError as error:
+        raise ConfigError(f"run_dir {config.run_dir!r}: cannot be written: {error}") from None
+
+
 def main(config_path: str, *overrides: str) -> NewWords:
-    """Extend the tokenizer that the config names, and print the report."""
+    """Extend the tokenizer that the config names, and print the report.
+
+    Raises: ConfigError where RUN_DIR holds saves of a run with another tokenizer.
+    """
     config = load_config(config_path, *overrides)
-    new = extend(config)
-    write_config(config)
+    new, run_dir = extend(config, save=False), Path(config.run_dir)
+    started = [*run_dir.glob("snapshots/step_*"), *run_dir.glob("sentries/step_*")]
+    try:
+        before = json.loads((run_dir / "tokenizer" / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing or damaged, so made again
+        before = new.report
+    if started and any(before[n] != new.report[n] for n in ("new_words_sha256", "matching")):
+        raise ConfigError(f"run_dir: {run_dir} holds saves with another tokenizer; give another")
+    save_new_words(config, new)
+    if not started:
+        write_config(config)
     print(f"{config.model_name} -> {Path(config.run_dir, 'tokenizer')}")
     print(format_report(new.report))
     return new

@@ -293,7 +293,8 @@ def check_sentry(path: Path, expected: dict) -> Sentry:
         raise SentryError(f"{path}: {MARKER} is of step {step}")
     for name, wanted in expected.items():
         if state.get(name) not in (wanted, NOT_KNOWN):
-            raise SentryError(f"{path}: other {name} ({state.get(name)!r} instead of {wanted!r})")
+            key = name.replace("words_sha256", "lexicon's words").replace("_sha256", "")
+            raise SentryError(f"{path}: other {key} ({state.get(name)!r} instead of {wanted!r})")
     try:
         for name, (size, sha256) in records.items():
             if not (path / name).is_file():
@@ -330,7 +331,8 @@ def pick_sentry(
         places = ", ".join(map(str, folders))
         raise SentryError(*skipped, f"no whole sentry of step {step} in {places}")
     if skipped:
-        advice = "nothing here can be continued; --fresh starts over and keeps this aside"
+        advice = "nothing here can be continued: put back what differs, give another run_dir, or"
+        advice += " start over with --fresh, which keeps this aside"
         raise SentryError(*skipped, advice)
     return None, []
 
@@ -479,7 +481,7 @@ def saves_of(run_dir: Path) -> tuple[list[Path], dict]:
     settings, report = run_settings(run_dir), run_dir / "tokenizer" / "report.json"
     expected = {n: settings[n] for n in ("model_name", "model_revision") if n in settings}
     if report.is_file():
-        expected["words_sha256"] = read_json(report)["new_words_sha256"]
+        expected["words_sha256"] = tokenizer_file(report.parent, "report.json")["new_words_sha256"]
     durable = Path(settings.get("sentry_dir") or run_dir / "sentries")
     return [run_dir / "snapshots", durable, run_dir], expected
 
@@ -518,15 +520,22 @@ def newest_sentry(run_dir: Path) -> Sentry:
     return sentry
 
 
+def tokenizer_file(folder: Path, name: str) -> dict:
+    try:
+        return read_json(folder / name)
+    except (OSError, ValueError):
+        what, run_dir = "damaged" if (folder / name).is_file() else "missing", folder.parent
+        raise SentryError(
+            f"{folder}: {name} is {what}; python extend_tokenizer.py CONFIG run_dir={run_dir} makes"
+            " it again"
+        ) from None
+
+
 def new_words(run_dir: Path) -> tuple[dict, list[str], list[list[int]]]:
     """(report.json, the new words in order of their ids, the base ids that spelled each): the base
     tokenizer is the extended one without what extend_tokenizer.py put in."""
     folder = run_dir / "tokenizer"
-    if not (folder / "report.json").is_file():
-        raise SentryError(
-            f"{folder}: missing; python extend_tokenizer.py CONFIG run_dir={run_dir} makes it again"
-        )
-    report, spec = read_json(folder / "report.json"), read_json(folder / "tokenizer.json")
+    report, spec = (tokenizer_file(folder, name) for name in ("report.json", "tokenizer.json"))
     first, vocab, added = report["base_size"], spec["model"]["vocab"], spec["added_tokens"]
     spec["added_tokens"] = [token for token in added if token["id"] < first]
     if report["matching"] == "whole_word":
@@ -919,8 +928,8 @@ def import_seed(seed_file: Path, run_dir: Path, base: str | None) -> None:
             f"{seed_file}: {len(rows):,} rows of {rows.shape[1]:,} from id {start:,} on; this run's"
             f" new ids are {first:,} to {last:,}, its rows {width:,} wide"
         )
-    if any(saved >= step for saved, _ in sentry_folders(*saves_of(run_dir)[0])):
-        raise SentryError(f"{run_dir}: has a save of step {step:,} or later; give a new run_dir")
+    if sentry_folders(*saves_of(run_dir)[0]):
+        raise SentryError(f"{run_dir}: has saves of its own; give a new run_dir")
     tensors["input_rows"][start - first :] = rows
     state = {
         "step": step, "model_name": settings["model_name"],

@@ -1,6 +1,6 @@
 """Train the rows of a lexicon's words in a frozen language model; the same command continues a run.
 
-    python train.py configs/sample.yaml                     the sample: CPU, offline, two minutes
+    python train.py configs/sample.yaml                     the sample: CPU, offline, 20 s
     python train.py configs/qwen14b.yaml                    Qwen2.5-14B in NF4 on a 15 GB card
     python train.py configs/qwen14b.yaml --dry-run          memory plan, without loading weights
     python train.py configs/sample.yaml max_steps=20 --fresh
@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -47,7 +48,7 @@ if "Config" not in globals():
     from extend_tokenizer import (
         Config, ConfigError, NewWords, base_files, base_tokenizer, command_line_parser, divisors,
         extend, format_report, load_config, new_words_hash, one_line, plan_new_words, read_corpus,
-        read_lexicon, run_command, write_config, write_text,
+        read_lexicon, run_command, save_new_words, write_config, write_text,
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
@@ -58,6 +59,12 @@ if "SentryWriter" not in globals():
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
 GIB = 2**30
 SAMPLE_TOKENS = 48  # tokens that continue each prompt
+RUN_FILES = {  # in RUN_DIR, beside the tokens' cache
+    ".launch", "config.yaml", "lexicon.txt", "tokenizer", "tokenizer.new", "tokenizer.old",
+    "metrics.jsonl", "loss_table.md", "loss.png", "samples.md", "snapshots", "sentries",
+    "tensorboard",
+}  # fmt: skip
+TOKEN_STREAMS = ("train", "val", "val_ends")
 CLEAR_LINE = "\r\x1b[K"  # a terminal's current one
 START_PATIENCE_SECONDS = 30.0  # for a mounted Drive that hangs while the saves are read
 SILENCE = datetime.timedelta(minutes=3)  # of another process in a step; then it is taken for dead
@@ -179,17 +186,30 @@ def dry_run(config: Config) -> None:
         print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
 
 
+def check_files(config: Config) -> None:
+    """Say in the first second all that is missing or empty; what is there is read again later."""
+    reads = [(base_files, config), (read_corpus, config)]
+    if config.lexicon != "from_corpus":
+        reads.append((read_lexicon, config.lexicon))
+    problems = []
+    for read, source in reads:
+        try:
+            read(source)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+
+
 def before_torch(arguments) -> None:
     """What needs no torch: a wrong config, a missing file or package is said, the memory plan."""
     config = load_config(arguments.config, *arguments.overrides)
     if arguments.dry_run:
+        check_files(config)
         return dry_run(config)
     if problems := check_environment(config.device, config.quantization):
         raise ConfigError(*problems)
-    base_files(config)  # a missing or empty file is said in the first second; read again later
-    read_corpus(config)
-    if config.lexicon != "from_corpus":
-        read_lexicon(config.lexicon)
+    check_files(config)
 
 
 if __name__ == "__main__" and "__file__" in globals():
@@ -339,6 +359,10 @@ def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, st
     return "".join(pieces[0::2]), "".join(pieces[1::2])
 
 
+def tokens_hash(arrays: dict) -> bytes:
+    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in TOKEN_STREAMS)).digest()
+
+
 def load_data(config: Config, words: NewWords) -> Data:
     """Tokenize the corpus, or read what an earlier start left in RUN_DIR/cache under the same hash.
 
@@ -353,19 +377,20 @@ def load_data(config: Config, words: NewWords) -> Data:
     cache = Path(config.run_dir) / "cache" / f"tokens_{digest[:16]}.safetensors"
     arrays = None
     if cache.exists():
-        with contextlib.suppress(SafetensorError):  # cut off by a machine's end: made again below
+        with contextlib.suppress(SafetensorError):  # cut off by a machine's end
             arrays = read_tensors(cache)
-    if arrays is None:
+    if arrays is None or tokens_hash(arrays) != bytes(arrays.get("sha256", b"")):
         train = words.tokenizer.encode(train_text, add_special_tokens=False)
         val = words.tokenizer.encode(val_text, add_special_tokens=False)
         arrays = {"train": train.ids, "val": val.ids, "val_ends": [end for _, end in val.offsets]}
         arrays = {name: torch.tensor(ids).numpy() for name, ids in arrays.items()}
+        arrays["sha256"] = torch.tensor(list(tokens_hash(arrays)), dtype=torch.uint8).numpy()
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(f".part{os.getpid()}")
         write_tensors(part, arrays)
         sync(part)
         part.rename(cache)
-    streams = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    streams = {name: torch.from_numpy(arrays[name].copy()) for name in TOKEN_STREAMS}
     for name, change in (("train", "give more text"), ("val", "raise val_fraction")):
         if len(streams[name]) <= config.seq_len:
             raise ConfigError(
@@ -1152,13 +1177,18 @@ class Progress:
             line += f"  {datetime.timedelta(seconds=round(left))} left"
         if self.terminal and time.monotonic() - self.drawn_at > 2:
             self.drawn_at = time.monotonic()
-            print(f"{CLEAR_LINE}{line}", end="", flush=True)
+            columns = shutil.get_terminal_size().columns  # a line that wraps cannot be taken back
+            print(f"{CLEAR_LINE}{line[: columns - 1]}", end="", flush=True)
         logged = step % self.config.log_every == 0 or step == self.config.max_steps
         if not self.terminal and logged:
             self.place.say(line)
 
     def say(self, text: str) -> None:
         self.place.say(CLEAR_LINE + text if self.terminal else text)
+
+    def close(self) -> None:
+        if self.terminal:
+            print(CLEAR_LINE, end="", flush=True)
 
 
 # ---- Saving and continuing -----------------------------------------------------------------------
@@ -1185,13 +1215,17 @@ def lock_run(run_dir: Path):
 
 
 def start_over(config: Config) -> None:
-    """--fresh: put the old run's files and sentries into old-1/, old-2/ ... where they stood."""
+    """--fresh: put the old run's files and sentries into old-1/, old-2/ ... where they stood; the
+    tokens' cache, known by its content, and files of others stay."""
     for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
         if not folder.is_dir():
             continue
-        names = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("old-")]
-        if folder != Path(config.run_dir):
-            names = [path for path in names if path.name.lstrip(".").startswith("step_")]
+        own = RUN_FILES if folder == Path(config.run_dir) else ()
+        names = [
+            path
+            for path in folder.iterdir()
+            if path.name in own or path.name.lstrip(".").startswith("step_")
+        ]
         if names:
             number = 1 + sum(path.name.startswith("old-") for path in folder.iterdir())
             (folder / f"old-{number}").mkdir()
@@ -1461,8 +1495,8 @@ def plain_errors(config: Config, place: Place):
         ) from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            "out of GPU memory; what is saved is whole: set a smaller micro_batch_size or seq_len,"
-            f" or free the GPU ({one_line(error)})"
+            "out of GPU memory; what is saved is whole: free the GPU, or continue with a smaller"
+            f" micro_batch_size ({one_line(error)})"
         ) from error
     except RuntimeError as error:
         if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -1494,6 +1528,8 @@ class StopRequest:
 
     def note(self, number: int, _frame) -> None:
         self.name = signal.Signals(number).name
+        line = f"\n{self.name}: stopping after this step, saved; once more ends at once\n"
+        os.write(2, line.encode())  # print could be in the midst of another line
         for other, handler in self.old.items():
             signal.signal(other, handler)
 
@@ -1678,10 +1714,12 @@ def prepare(
             launch = f"{run_id} {os.getppid()}"
             if run_id and mark.exists() and mark.read_text(encoding="utf-8") == launch:
                 fresh, step = False, None
-            if fresh:
-                start_over(config)
-            words = extend(config)
+            words = extend(config, save=False)
             data = load_data(config, words)
+            if fresh:  # now that the new run can start
+                start_over(config)
+                words = extend(config, save=False)  # a lexicon from_corpus is made anew
+                data = load_data(config, words)
             identity = run_identity(config, words, data)
             sentry = find_sentry(config, folders, identity, place, step)
             if run_id and (fresh or step):
@@ -1692,6 +1730,7 @@ def prepare(
                     f" {folders[0]} or {folders[1]}: start that node as the first, copy its folders"
                     " here, or move it away if it is of an older run"
                 )
+            save_new_words(config, words)
         if place.world > 1:
             message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
             tell(place, message)
@@ -1765,6 +1804,8 @@ def find_sentry(
         return None
     compare_configs(sentry.state["config"], config)
     place.say(f"continuing from {sentry.path}, step {sentry.step}")
+    if (before := sentry.state["config"].get("max_steps")) not in (None, config.max_steps):
+        place.say(f"max_steps was {before}: from here the learning rate is that of the new one")
     if place.rank == 0:
         set_aside(folders, sentry)
     return sentry
@@ -1794,6 +1835,10 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         f" process(es), {tokens_per_step:,} tokens a step, {fit.recomputed} of {num_layers} layers"
         f" recomputed{fit.note}"
     )
+    if stop.name and place.world == 1:
+        return  # asked for while the model was loaded
+    if run.step >= config.max_steps:
+        progress.say(f"step {run.step} of {config.max_steps}: nothing left to do; raise max_steps")
     if run.best_val_loss == math.inf:  # nothing evaluated yet: a new run, or an imported one
         progress.say(eval_line(run.evaluate()))
     if run.writer:
@@ -1817,7 +1862,8 @@ def train_steps(run: Run, stop: StopRequest) -> None:
             if size == 1 and fit.recomputed == num_layers and not fit.graph:
                 raise ConfigError(
                     f"step {step}: out of GPU memory with micro_batch_size 1 and all layers"
-                    " recomputed; the last sentry is good: lower seq_len, or free the GPU"
+                    " recomputed; what is saved is whole: free the GPU, or start over with --fresh"
+                    " and a lower seq_len"
                 ) from None
             fit.micro_batch_size = max(n for n in (1, *range(1, size)) if len(batch.x) % n == 0)
             fit.graph, fit.peak_bytes, fit.recomputed = None, 0, num_layers
@@ -1841,8 +1887,9 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SentryError(
                 f"step {step}: loss {loss}, gradient norm {norm} on sequences"
-                f" {batch.numbers.tolist()}; stopped before the update, the last sentry is good:"
-                " lower learning_rate, or use compute_dtype float32 or bfloat16"
+                f" {batch.numbers.tolist()}; stopped before the update, what is saved is whole:"
+                " continue with compute_dtype float32 or bfloat16, or start over with --fresh and a"
+                " lower learning_rate"
             )
         learning_rate = learning_rate_at(step, config)
         grad_scale = min(1.0, config.max_grad_norm / (norm + 1e-6))
@@ -1874,6 +1921,7 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         if stopping:
             stop.name = stop.name or "a signal to another process"
             break
+    progress.close()
 
 
 def step_line(record: dict, run: Run) -> str:
@@ -1906,6 +1954,8 @@ def train(
     """
     if not isinstance(config, Config):
         config = load_config(config, *overrides)
+    if fresh and step is not None:
+        raise ConfigError("--fresh starts over, --step continues: give one of the two")
     apply()
     if problems := check_environment(config.device, config.quantization):
         raise ConfigError(*problems)
@@ -1928,7 +1978,7 @@ def train(
         finally:
             if run.writer:
                 run.writer.finish()
-        if place.rank == 0:
+        if run.records and run.records.lines:
             place.say((Path(config.run_dir) / "loss_table.md").read_text(encoding="utf-8"))
         if place.world > 1:
             meet(place)
@@ -1943,9 +1993,9 @@ def main(config_path: str, *overrides: str, fresh: bool = False, step: int | Non
     """train(), for the command line: a run stopped before its end is an error of status 1."""
     result = train(config_path, *overrides, fresh=fresh, step=step)
     if result["stopped"]:
+        where = f"at step {result['step']}, saved" if result["step"] else "before the first step"
         raise ConfigError(
-            f"stopped by {result['stopped']} at step {result['step']}, saved; the same command goes"
-            " on from there"
+            f"stopped by {result['stopped']} {where}; the same command goes on from there"
         )
     return result
 

@@ -135,7 +135,11 @@ def test_values_of_yaml_command_line_and_notebook(load, key, text, value):
         ("seq_len: 1", "'seq_len' is '1'; allowed: a whole number of at least 2"),
         ("seq_len: 12.0", "'seq_len' is '12.0'; allowed: a whole number of at least 2"),
         ("seq_len: no", "'seq_len' is 'no'; allowed: a whole number of at least 2"),
-        ("seed: -1", "'seed' is '-1'; allowed: a whole number of at least 0"),
+        ("seed: -1", "'seed' is '-1'; allowed: a whole number of at least 0 and at most 1e+09"),
+        ("seed: 9999999999", "'seed' is '9999999999'; allowed: a whole number of at least 0 and at"
+         " most 1e+09"),
+        ("learning_rate: 1e400", "'learning_rate' is '1e400'; allowed: a number above 0"),
+        ("prompts: [the, '']", "'prompts' is ['the', '']; allowed: text or a list of texts"),
         ("learning_rate: 0", "'learning_rate' is '0'; allowed: a number above 0"),
         ("learning_rate: nan", "'learning_rate' is 'nan'; allowed: a number above 0"),
         ("learning_rate: inf", "'learning_rate' is 'inf'; allowed: a number above 0"),

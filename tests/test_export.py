@@ -285,9 +285,7 @@ def test_rows_from_what_survived(tmp_path: Path) -> None:
         out = tmp_path / f"out_{source}"
         main("export", str(tmp_path / source), str(out), "--format", "rows")
         assert torch.equal(load_file(out / "rows.safetensors")["input_rows"], wanted)
-    with pytest.raises(
-        SentryError, match=r"drive/tokenizer: missing; python extend_tokenizer.py CONFIG"
-    ):
+    with pytest.raises(SentryError, match=r"drive/tokenizer: report.json is missing; python ext"):
         main("export", str(tmp_path / "drive"), str(tmp_path / "m"), "--format", "merged")
     with pytest.raises(SentryError, match="--base names its folder"):
         main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
@@ -520,7 +518,7 @@ def test_import_refuses(tmp_path: Path) -> None:
         seed.write_bytes(bad)
         assert refusal(seed).startswith(kept)
     text = refusal(seed_file(seed, step=40))
-    assert text == f"{run}: has a save of step 40 or later; give a new run_dir"
+    assert text == f"{run}: has saves of its own; give a new run_dir"
     (run / "config.yaml").unlink()
     assert refusal(seed).startswith(f"{run / 'config.yaml'}: missing")
 

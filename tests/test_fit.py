@@ -103,8 +103,8 @@ def test_out_of_memory_with_single_sequences_ends_the_run(tmp_path, monkeypatch,
     with pytest.raises(ConfigError) as error:
         train.train(settings(tmp_path, micro_batch_size=1))
     assert str(error.value) == (
-        "step 2: out of GPU memory with micro_batch_size 1 and all layers recomputed; the last"
-        " sentry is good: lower seq_len, or free the GPU"
+        "step 2: out of GPU memory with micro_batch_size 1 and all layers recomputed; what is saved"
+        " is whole: free the GPU, or start over with --fresh and a lower seq_len"
     )
     assert capsys.readouterr().out.count("repeated with micro_batch_size 1 and all layers") == 1
 
@@ -472,8 +472,8 @@ def test_out_of_memory_elsewhere_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         train.train(settings(tmp_path))
     assert str(error.value) == (
-        "out of GPU memory; what is saved is whole: set a smaller micro_batch_size or seq_len, or"
-        " free the GPU (CUDA out of memory. Tried to allocate 2 GiB)"
+        "out of GPU memory; what is saved is whole: free the GPU, or continue with a smaller"
+        " micro_batch_size (CUDA out of memory. Tried to allocate 2 GiB)"
     )
 
 

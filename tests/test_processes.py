@@ -364,7 +364,8 @@ def test_a_stop_signal_to_one_stops_all_at_one_step(settings, tmp_path):
     step = max(losses(run_dir))[0]
     assert (run_dir / "snapshots" / f"step_{step:06d}" / "state.json").exists()
     line = f"stopped by {{}} at step {step}, saved; the same command goes on from there"
-    assert ended[1] == (1, line.format("SIGTERM"))
+    heard = "SIGTERM: stopping after this step, saved; once more ends at once"
+    assert ended[1] == (1, f"{heard}\n{line.format('SIGTERM')}")
     assert ended[0][0] == 1
     assert ended[0][1].splitlines()[-1] == line.format("a signal to another process")
 

@@ -144,7 +144,8 @@ def test_other_run_and_wrong_step(tmp_path: Path) -> None:
         reason(path, IDENTITY | {"model_name": "x"}) == "other model_name ('base' instead of 'x')"
     )
     assert (
-        reason(path, IDENTITY | {"words_sha256": "v"}) == "other words_sha256 ('w' instead of 'v')"
+        reason(path, IDENTITY | {"words_sha256": "v"})
+        == "other lexicon's words ('w' instead of 'v')"
     )
     assert (
         reason(path, {"model_revision": "main"}) == "other model_revision (None instead of 'main')"
@@ -198,7 +199,7 @@ def test_damaged_ones_are_passed_over_and_named(tmp_path: Path) -> None:
     with pytest.raises(SentryError) as caught:
         pick_sentry([tmp_path], IDENTITY | {"model_name": "x"})
     assert len(caught.value.problems) == 4
-    assert caught.value.problems[-1].startswith("nothing here can be continued; --fresh")
+    assert caught.value.problems[-1].startswith("nothing here can be continued: put")
     with pytest.raises(SentryError, match="no whole sentry of step 40 in "):
         pick_sentry([tmp_path], IDENTITY, step=40)
     assert pick_sentry([tmp_path], IDENTITY, step=20)[0].step == 20
@@ -508,7 +509,7 @@ def test_listing(tmp_path: Path, capsys) -> None:
     wanted = [
         ("step", "folder", "MiB", "state"),
         ("1,040", "snapshots", "no state.json; the save was cut off before its end"),
-        ("1,020", "snapshots", "other words_sha256 ('other' instead of 'w')"),
+        ("1,020", "snapshots", "other lexicon's words ('other' instead of 'w')"),
         ("1,000", "snapshots", "whole"), ("1,000", "sentries", "whole"),
         ("200", "snapshots", "whole"), ("200", "sentries", "whole"),
     ]  # fmt: skip

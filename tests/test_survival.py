@@ -22,6 +22,7 @@ import torch
 import yaml
 from tiny_models import save_model, write_words
 
+import extend_tokenizer
 import recover
 import train
 from extend_tokenizer import ConfigError, load_config
@@ -175,6 +176,55 @@ def test_keep_sentries(settings, tmp_path, keep):
     assert steps(tmp_path / "drive")[-1] == 8 and len(steps(tmp_path / "drive")) <= keep
 
 
+def test_fresh_takes_the_runs_own_files_alone_and_only_when_the_new_run_can_start(
+    settings, tmp_path
+):
+    run_dir = tmp_path / "run"
+    run(settings, run_dir, max_steps=2)
+    (run_dir / "notes.txt").write_text("mine")
+    names = {path.name for path in run_dir.iterdir()}
+    with pytest.raises(ConfigError, match="the val text has"):
+        run(settings, run_dir, fresh=True, seq_len=2000, max_steps=2)
+    with pytest.raises(ConfigError) as caught:
+        run(settings, run_dir, fresh=True, step=2, max_steps=2)
+    assert str(caught.value) == "--fresh starts over, --step continues: give one of the two"
+    assert {path.name for path in run_dir.iterdir()} == names
+    run(settings, run_dir, fresh=True, max_steps=2)
+    kept = {path.name for path in (run_dir / "old-1").iterdir()}
+    assert kept == names - {"notes.txt", "cache", ".lock"}
+    assert (run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_a_refused_command_changes_nothing(settings, tmp_path):
+    """Not the tokenizer either, with which the rows were trained."""
+    run_dir = tmp_path / "run"
+    run(settings, run_dir, max_steps=2)
+    before = {path: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
+    with pytest.raises(ConfigError, match="token_matching: the run was started with 'spaced'"):
+        run(settings, run_dir, token_matching="bare", max_steps=2)
+    config = (run_dir / "config.yaml").read_bytes()
+    words = ["token_matching=bare"]
+    with pytest.raises(ConfigError) as caught:
+        extend_tokenizer.main(str(run_dir / "config.yaml"), *words)
+    assert str(caught.value) == (
+        f"run_dir: {run_dir} holds saves with another tokenizer; give another"
+    )
+    (run_dir / "tokenizer" / "report.json").write_text("cut o")  # a damaged one is made again
+    extend_tokenizer.main(str(run_dir / "config.yaml"), "eval_every=1")
+    assert {path: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()} == before
+    assert (run_dir / "config.yaml").read_bytes() == config
+
+
+def test_a_finished_run_says_so_and_more_steps_say_what_changes(settings, tmp_path, capsys):
+    run(settings, tmp_path / "run", max_steps=2)
+    run(settings, tmp_path / "run", max_steps=2)
+    said = capsys.readouterr().out
+    assert said.count("step 2 of 2: nothing left to do; raise max_steps\n") == 1
+    run(settings, tmp_path / "run", max_steps=3)
+    line = "max_steps was 2: from here the learning rate is that of the new one\n"
+    assert capsys.readouterr().out.count(line) == 1
+
+
 def test_fresh_keeps_the_old_run_aside_in_both_folders(settings, tmp_path):
     durable = tmp_path / "drive"
     for _ in range(3):
@@ -270,7 +320,8 @@ def test_a_token_cache_cut_off_is_made_again(settings, tmp_path, straight):
     run(settings, tmp_path / "run")
     (cache,) = (tmp_path / "run" / "cache").iterdir()
     whole = cache.read_bytes()
-    for content in (b"", whole[:40], whole[:-5]):
+    flipped = bytes([whole[-40] ^ 1])
+    for content in (b"", whole[:40], whole[:-5], whole[:-40] + flipped + whole[-39:]):
         cache.write_bytes(content)
         run(settings, tmp_path / "run")
         assert cache.read_bytes() == whole
@@ -425,6 +476,21 @@ def test_a_stop_signal_at_any_moment_leaves_a_sentry(
     assert steps(tmp_path / "run" / "snapshots") == [result["step"]]
     assert run(settings, tmp_path / "run")["step"] == 8
     assert last_save(tmp_path / "run") == straight
+
+
+def test_a_stop_signal_while_the_model_loads_ends_before_the_first_step(
+    settings, tmp_path, monkeypatch
+):
+    real = train.load_model
+    monkeypatch.setattr(
+        train, "load_model", lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1]
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings | {"run_dir": str(tmp_path / "run")}), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        train.main(str(path))
+    line = "stopped by SIGINT before the first step; the same command goes on from there"
+    assert str(caught.value) == line and not (tmp_path / "run" / "snapshots").exists()
 
 
 def test_a_stop_signal_ends_no_other_program(settings, tmp_path):

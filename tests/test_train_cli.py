@@ -107,6 +107,13 @@ def test_a_missing_file(tmp_path, key):
     assert_refused(tmp_path, [f"{key}={tmp_path / 'none.txt'}"], [line])
 
 
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_all_missing_files_are_named_at_once(tmp_path, option):
+    none = [tmp_path / "none.txt", tmp_path / "no.txt"]
+    lines = [f"{path}: cannot be read: No such file or directory" for path in none]
+    assert_refused(tmp_path, [f"corpus={none[0]}", f"lexicon={none[1]}", *option], lines)
+
+
 def test_an_empty_lexicon(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text("\n\n", encoding="utf-8")
@@ -358,7 +365,8 @@ def test_a_stop_signal_leaves_a_sentry_and_status_1(start, tmp_path, name):
     status, _, errors = finish(process, log)
     step = losses(run_dir)[-1][0]
     line = f"stopped by {name} at step {step}, saved; the same command goes on from there"
-    assert (status, errors) == (1, line)
+    heard = f"{name}: stopping after this step, saved; once more ends at once"
+    assert (status, errors) == (1, f"{heard}\n{line}")
     assert (run_dir / "sentries" / f"step_{step:06d}" / "state.json").exists()
 
 
