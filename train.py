@@ -1722,7 +1722,7 @@ def prepare(
                 data = load_data(config, words)
             identity = run_identity(config, words, data)
             sentry = find_sentry(config, folders, identity, place, step)
-            if run_id and (fresh or step):
+            if run_id:
                 write_text(mark, launch)
             if not (fresh or step) and newest > (sentry.step if sentry else -1):
                 raise SentryError(

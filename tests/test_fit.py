@@ -147,15 +147,13 @@ class Fitted:
     keep their activations), None where it runs out of memory."""
 
     def __init__(self, monkeypatch, tmp_path, gib_of, dtype=torch.bfloat16, world=1, **changes):
-        self.captured, self.recomputed = [], None
+        self.captured, self.recomputed, self.prepared = [], None, []
         for name in ("empty_cache", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * train.GIB, 80 * train.GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 18 * train.GIB)
         monkeypatch.setattr(train, "fuse_elementwise", lambda *_: None)
-        monkeypatch.setattr(
-            train, "prepare_step", lambda *_: SimpleNamespace(all_ids=torch.ones(9))
-        )
+        monkeypatch.setattr(train, "prepare_step", self.prepare_step)
         monkeypatch.setattr(train, "capture", lambda *parts: self.captured.append(parts[1:]))
         monkeypatch.setattr(train, "recompute_layers", self.recompute)
 
@@ -177,10 +175,15 @@ class Fitted:
     def recompute(self, body, num_layers: int) -> None:
         self.recomputed = num_layers
 
+    def prepare_step(self, step: int, *_) -> SimpleNamespace:
+        self.prepared.append(step)
+        return SimpleNamespace(all_ids=torch.ones(9))
+
 
 def test_the_largest_micro_batch_that_fits_and_divides(monkeypatch, tmp_path):
     found = Fitted(monkeypatch, tmp_path, lambda size, kept: 10 + 0.2 * size + 0.1 * kept)
     assert found.fit.micro_batch_size == 16 and found.captured == []
+    assert found.prepared == [1, 2]  # in training too the next step's rows lie beside a step's
     assert found.fit.note == ", fused, not as CUDA graphs: they would need 1.2 GiB more"
     assert found.fit.recomputed == found.recomputed == 45  # 13.2 + 3 x 0.1 of 14.0 less 0.5
 
