@@ -1398,6 +1398,19 @@ def kept_layers(peak_of, peak: int, num_layers: int, limit: float) -> int:
     return kept
 
 
+def largest_that_fits(
+    fit: Fit, overlay: WakeOverlay, batch: StepBatch, sizes: list[int]
+) -> tuple[Callable, int]:
+    """Set the first of the sizes that runs; (layers recomputed -> its peak in bytes, that peak)."""
+    for fit.micro_batch_size in sizes:
+        peak_of = functools.partial(peak_bytes, overlay, batch, fit.micro_batch_size)
+        if (peak := peak_of(fit.recomputed)) is not None:
+            return peak_of, peak
+    size, seq_len = sizes[-1], batch.x.shape[1]
+    advice = "lower seq_len" if size == 1 else "set a smaller one, or auto"
+    raise ConfigError(f"the GPU cannot hold micro_batch_size {size} of {seq_len} tokens; {advice}")
+
+
 def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Place) -> Fit:
     """Find the largest micro-batch that fits by trying real passes. Then let as many layers keep
     their activations as the memory left over holds.
@@ -1423,15 +1436,7 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
         attend_causally(overlay.model[0])
     # the second lies beside the first while that is worked on
     batch, _following = (prepare_step(step, overlay, data, config, place) for step in (1, 2))
-    for fit.micro_batch_size in sizes:
-        peak_of = functools.partial(peak_bytes, overlay, batch, fit.micro_batch_size)
-        if (peak := peak_of(fit.recomputed)) is not None:
-            break
-    else:
-        advice = "lower seq_len" if sizes[-1] == 1 else "set a smaller one, or auto"
-        raise ConfigError(
-            f"the GPU cannot hold micro_batch_size {sizes[-1]} of {config.seq_len} tokens; {advice}"
-        )
+    peak_of, peak = largest_that_fits(fit, overlay, batch, sizes)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min(config.max_gpu_gib * GIB, free) if config.max_gpu_gib else free
     # Graphs keep their pass's memory to themselves; an evaluation's loss needs its own beside it.
@@ -1700,37 +1705,46 @@ def open_records(
     return Records(run_dir, config, metrics.splitlines(keepends=True), samples), writer
 
 
+def choose_start(
+    config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path], newest: int
+) -> tuple[NewWords, Data, Sentry | None]:
+    """Process 0's words, data and sentry; --fresh once these are there; the tokenizer at the end.
+
+    newest: the newest step that another process has a sentry of, in a folder of its own; or -1
+    Raises: ConfigError or SentryError, and leaves the run as it is.
+    """
+    # torchrun repeats its command at each restart; what it began is not begun again
+    mark, run_id = Path(config.run_dir) / ".launch", os.environ.get("TORCHELASTIC_RUN_ID")
+    launch = f"{run_id} {os.getppid()}"
+    if run_id and mark.exists() and mark.read_text(encoding="utf-8") == launch:
+        fresh, step = False, None
+    words = extend(config, save=False)
+    data = load_data(config, words)
+    if fresh:  # now that the new run can start
+        start_over(config)
+        words = extend(config, save=False)  # a lexicon from_corpus is made anew
+        data = load_data(config, words)
+    sentry = find_sentry(config, folders, run_identity(config, words, data), place, step)
+    if run_id:
+        write_text(mark, launch)
+    if not (fresh or step) and newest > (sentry.step if sentry else -1):
+        raise SentryError(
+            f"a sentry of step {newest} lies on another node, and none so new in {folders[0]} or"
+            f" {folders[1]}: start that node as the first, copy its folders here, or move it away"
+            " if it is of an older run"
+        )
+    save_new_words(config, words)
+    return words, data, sentry
+
+
 def prepare(
     config: Config, place: Place, fresh: bool, step: int | None, folders: list[Path], newest: int
 ) -> tuple[NewWords, Data, Sentry | None]:
-    """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all.
-
-    newest: the newest step that another process has a sentry of, in a folder of its own; or -1
-    """
+    """Words, data, and the sentry to continue from: rank 0's choice, and its error ends all."""
     if place.rank == 0:
         with heard_by_all(place):
-            # torchrun repeats its command at each restart; what it began is not begun again
-            mark, run_id = Path(config.run_dir) / ".launch", os.environ.get("TORCHELASTIC_RUN_ID")
-            launch = f"{run_id} {os.getppid()}"
-            if run_id and mark.exists() and mark.read_text(encoding="utf-8") == launch:
-                fresh, step = False, None
-            words = extend(config, save=False)
-            data = load_data(config, words)
-            if fresh:  # now that the new run can start
-                start_over(config)
-                words = extend(config, save=False)  # a lexicon from_corpus is made anew
-                data = load_data(config, words)
+            words, data, sentry = choose_start(config, place, fresh, step, folders, newest)
             identity = run_identity(config, words, data)
-            sentry = find_sentry(config, folders, identity, place, step)
-            if run_id:
-                write_text(mark, launch)
-            if not (fresh or step) and newest > (sentry.step if sentry else -1):
-                raise SentryError(
-                    f"a sentry of step {newest} lies on another node, and none so new in"
-                    f" {folders[0]} or {folders[1]}: start that node as the first, copy its folders"
-                    " here, or move it away if it is of an older run"
-                )
-            save_new_words(config, words)
         if place.world > 1:
             message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
             tell(place, message)
@@ -1965,12 +1979,12 @@ def train(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     place = find_place(config)
-    newest = newest_elsewhere(place, Path(config.run_dir))
-    lock = contextlib.nullcontext()
-    if place.rank == 0:
-        with heard_by_all(place):
-            lock = lock_run(Path(config.run_dir))
-    with lock, StopRequest() as stop, plain_errors(config, place):
+    with plain_errors(config, place), contextlib.ExitStack() as held:
+        newest = newest_elsewhere(place, Path(config.run_dir))
+        if place.rank == 0:
+            with heard_by_all(place):
+                held.enter_context(lock_run(Path(config.run_dir)))
+        stop = held.enter_context(StopRequest())
         run = begin(config, place, fresh, step, newest)
         place.say(heading(run))
         try:

@@ -177,7 +177,7 @@ class Fitted:
 
     def prepare_step(self, step: int, *_) -> SimpleNamespace:
         self.prepared.append(step)
-        return SimpleNamespace(all_ids=torch.ones(9))
+        return SimpleNamespace(all_ids=torch.ones(9), x=torch.ones(1, 16))
 
 
 def test_the_largest_micro_batch_that_fits_and_divides(monkeypatch, tmp_path):
