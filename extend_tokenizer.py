@@ -302,7 +302,7 @@ def run_command(command, *arguments, **options) -> int:
             raise
         print("\n".join(error.problems), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before there is anything to save
+    except KeyboardInterrupt:  # before training, or a second one in it: at once
         print("stopped by SIGINT", file=sys.stderr)
         return 1
     return 0

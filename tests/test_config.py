@@ -225,3 +225,11 @@ def test_run_command(capsys):
     assert run_command(len, "abc") == 0
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+
+
+def test_an_interrupt_is_one_line_and_status_1(capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 1
+    assert capsys.readouterr().err == "stopped by SIGINT\n"

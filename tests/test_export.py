@@ -289,6 +289,12 @@ def test_rows_from_what_survived(tmp_path: Path) -> None:
         main("export", str(tmp_path / "drive"), str(tmp_path / "m"), "--format", "merged")
     with pytest.raises(SentryError, match="--base names its folder"):
         main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
+    for name in ("tokenizer.json", "report.json"):
+        whole = (tmp_path / "copy" / "tokenizer" / name).read_bytes()
+        (tmp_path / "copy" / "tokenizer" / name).write_bytes(whole[:9])
+        with pytest.raises(SentryError, match=f"copy/tokenizer: {name} is damaged; python extend"):
+            main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
+        (tmp_path / "copy" / "tokenizer" / name).write_bytes(whole)
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
     save_model("qwen2_untied", tmp_path / "moved")
     moved = "--base", str(tmp_path / "moved")
