@@ -58,6 +58,7 @@ if "SentryWriter" not in globals():
 
 EXAMPLE = "  python train.py configs/sample.yaml max_steps=60"
 GIB = 2**30
+SPARE_GIB, GRAPH_SPARE_GIB = 0.5, 1.2  # left free beside a pass; beside one kept in CUDA graphs
 SAMPLE_TOKENS = 48  # tokens that continue each prompt
 RUN_FILES = {  # in RUN_DIR, beside the tokens' cache
     ".launch", "config.yaml", "lexicon.txt", "tokenizer", "tokenizer.new", "tokenizer.old",
@@ -96,6 +97,11 @@ def parse_arguments(argv: list[str]):
     return parser.parse_intermixed_args(argv)
 
 
+def number_bytes(config: Config) -> int:
+    """Of a weight, or of an activation, on a card."""
+    return 4 if config.compute_dtype == "float32" else 2
+
+
 def memory_plan(
     shape: dict, num_new: int, config: Config, micro_batch_size: int
 ) -> dict[str, float]:
@@ -110,7 +116,7 @@ def memory_plan(
     heads, inner = shape["num_attention_heads"], shape["intermediate_size"]
     head_dim = shape.get("head_dim") or hidden // heads
     kv_dim = head_dim * shape.get("num_key_value_heads", heads)
-    width = 4 if config.compute_dtype == "float32" else 2  # bytes a number
+    width = number_bytes(config)
     linear = layers * (2 * hidden * head_dim * heads + 2 * hidden * kv_dim + 3 * hidden * inner)
     # NF4: 4 bits, one byte of scale for 64 weights, and 4 bytes for 256 of those scales.
     body = linear * (0.5 + 1 / 64 + 4 / 64 / 256 if config.quantization == "nf4" else width)
@@ -149,10 +155,8 @@ def kept_layer_bytes(shape: dict, tokens: int, config: Config) -> float:
     """What a layer that is not recomputed keeps for backward, its input included: of the 14B at
     16 x 128, 0.29 GiB in eager mode, 0.20 with fused elementwise work (measured, see README)."""
     inner, hidden = shape["intermediate_size"], shape["hidden_size"]
-    width = 4 if config.compute_dtype == "float32" else 2
-    if config.compile == "false":
-        return tokens * width * (4 * inner + 3.8 * hidden)
-    return tokens * width * (2 * inner + 4.7 * hidden)
+    numbers = 4 * inner + 3.8 * hidden if config.compile == "false" else 2 * inner + 4.7 * hidden
+    return tokens * number_bytes(config) * numbers
 
 
 def dry_run(config: Config) -> None:
@@ -175,7 +179,7 @@ def dry_run(config: Config) -> None:
     if config.gradient_checkpointing == "auto":
         layers = shape["num_hidden_layers"]
         layer = kept_layer_bytes(shape, micro * config.seq_len, config) / GIB
-        spare = 0.5 if config.compile == "false" else 1.2  # as fit_to_machine leaves
+        spare = SPARE_GIB if config.compile == "false" else GRAPH_SPARE_GIB
         kept = max(min(int((margin - spare) / layer), layers), 0)
         peak = plans[micro]["total"] + kept * layer
         print(f"about {kept} of {layers} layers can keep their activations: peak {peak:.2f} GiB")
@@ -204,12 +208,12 @@ def check_files(config: Config) -> None:
 def before_torch(arguments) -> None:
     """What needs no torch: a wrong config, a missing file or package is said, the memory plan."""
     config = load_config(arguments.config, *arguments.overrides)
-    if arguments.dry_run:
-        check_files(config)
-        return dry_run(config)
-    if problems := check_environment(config.device, config.quantization):
-        raise ConfigError(*problems)
+    if not arguments.dry_run:
+        if problems := check_environment(config.device, config.quantization):
+            raise ConfigError(*problems)
     check_files(config)
+    if arguments.dry_run:
+        dry_run(config)
 
 
 if __name__ == "__main__" and "__file__" in globals():
@@ -642,7 +646,7 @@ def fuse_elementwise(model, dtype: torch.dtype) -> None:
     norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     gated = [module for module in modules if all(hasattr(module, name) for name in names)]
-    modeling, rotary = rotary_of(model)
+    modeling, rotary = restore_rotary(model)
     probe = torch.randn(4, 2, 64, hidden_size, device=model.device, dtype=dtype)
     forwards = {}
     for kind in {type(module) for module in norms}:
@@ -664,7 +668,7 @@ def fuse_elementwise(model, dtype: torch.dtype) -> None:
         modeling.apply_rotary_pos_emb = rotary  # attention finds it by this name
 
 
-def rotary_of(model) -> tuple[types.ModuleType, Callable | None]:
+def restore_rotary(model) -> tuple[types.ModuleType, Callable | None]:
     """The module of the model's layers and its function for rotary embedding, put back there as it
     was before an earlier run in this process fused it."""
     modeling = sys.modules[type(model.base_model.layers[0]).__module__]
@@ -1428,7 +1432,7 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
         fit.recomputed = num_layers if config.gradient_checkpointing == "true" else 0
         recompute_layers(overlay.body, fit.recomputed)
         return fit
-    rotary_of(overlay.model[0])
+    restore_rotary(overlay.model[0])
     fused = config.compile != "false" and try_to_fuse(fit, overlay)
     # float16 decides after each pass whether to repeat it, which no graph can
     use_graph = fused and place.dtype == torch.bfloat16
@@ -1440,9 +1444,10 @@ def fit_to_machine(overlay: WakeOverlay, data: Data, config: Config, place: Plac
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min(config.max_gpu_gib * GIB, free) if config.max_gpu_gib else free
     # Graphs keep their pass's memory to themselves; an evaluation's loss needs its own beside it.
-    if use_graph and peak + 1.2 * GIB > limit:
-        use_graph, fit.note = False, fit.note + ", not as CUDA graphs: they would need 1.2 GiB more"
-    limit -= (1.2 if use_graph else 0.5) * GIB
+    if use_graph and peak + GRAPH_SPARE_GIB * GIB > limit:
+        use_graph = False
+        fit.note += f", not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more"
+    limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB
     if config.gradient_checkpointing == "auto":
         fit.recomputed = num_layers - kept_layers(peak_of, peak, num_layers, limit)
     recompute_layers(overlay.body, fit.recomputed)
@@ -1722,8 +1727,9 @@ def choose_start(
     data = load_data(config, words)
     if fresh:  # now that the new run can start
         start_over(config)
-        words = extend(config, save=False)  # a lexicon from_corpus is made anew
-        data = load_data(config, words)
+        if config.lexicon == "from_corpus":  # is made anew
+            words = extend(config, save=False)
+            data = load_data(config, words)
     sentry = find_sentry(config, folders, run_identity(config, words, data), place, step)
     if run_id:
         write_text(mark, launch)
@@ -1744,10 +1750,10 @@ def prepare(
     if place.rank == 0:
         with heard_by_all(place):
             words, data, sentry = choose_start(config, place, fresh, step, folders, newest)
-            identity = run_identity(config, words, data)
         if place.world > 1:
-            message = dataclasses.asdict(config), identity, sentry and (sentry.step, sentry.state)
-            tell(place, message)
+            identity = run_identity(config, words, data)
+            chosen = sentry and (sentry.step, sentry.state)
+            tell(place, (dataclasses.asdict(config), identity, chosen))
         return words, data, sentry
     if (message := tell(place, None)) is None:
         raise ConfigError(f"process {place.rank} ends: process 0 could not start and says why")
@@ -1820,8 +1826,7 @@ def find_sentry(
     place.say(f"continuing from {sentry.path}, step {sentry.step}")
     if (before := sentry.state["config"].get("max_steps")) not in (None, config.max_steps):
         place.say(f"max_steps was {before}: from here the learning rate is that of the new one")
-    if place.rank == 0:
-        set_aside(folders, sentry)
+    set_aside(folders, sentry)
     return sentry
 
 

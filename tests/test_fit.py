@@ -162,7 +162,7 @@ class Fitted:
             return gib and gib * train.GIB
 
         monkeypatch.setattr(train, "peak_bytes", peak_bytes)
-        for name in ("rotary_of", "attend_causally"):
+        for name in ("restore_rotary", "attend_causally"):
             monkeypatch.setattr(train, name, lambda model: None)
         overlay = SimpleNamespace(
             body=SimpleNamespace(layers=range(48)), model=[None], dtype=torch.bfloat16
@@ -282,9 +282,9 @@ def losses_of(model) -> torch.Tensor:
 @pytest.fixture
 def rotary():
     """The function for rotary embedding of Qwen 2, as it was before and is after."""
-    modeling = train.rotary_of(make_model("qwen2_untied"))[0]
+    modeling = train.restore_rotary(make_model("qwen2_untied"))[0]
     yield lambda: modeling.apply_rotary_pos_emb
-    train.rotary_of(make_model("qwen2_untied"))
+    train.restore_rotary(make_model("qwen2_untied"))
 
 
 def test_fused_pieces_serve_training_alone(monkeypatch, rotary):
@@ -349,7 +349,7 @@ def test_a_run_without_compile_undoes_what_an_earlier_one_fused(monkeypatch, rot
     compile_as(monkeypatch, lambda output: output)
     train.fuse_elementwise(make_model("qwen2_untied"), torch.float32)
     assert rotary() is not before
-    train.rotary_of(make_model("qwen2_untied"))  # as fit_to_machine does
+    train.restore_rotary(make_model("qwen2_untied"))  # as fit_to_machine does
     assert rotary() is before
 
 

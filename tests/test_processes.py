@@ -24,6 +24,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import save_model, write_words
+from waiting import wait_for_step
 
 import recover
 import train
@@ -113,12 +114,6 @@ class Group:
         lines = self.logs[rank].read_text(encoding="utf-8").splitlines()
         noise = ("Loading weights", "kernels-community", "[Gloo]", "[W")
         return "\n".join(line for line in lines if line and not any(n in line for n in noise))
-
-    def wait_for(self, run_dir: Path, step: int) -> None:
-        metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
-        while not metrics.exists() or f'"step": {step}, "kind": "train"' not in metrics.read_text():
-            assert time.monotonic() < deadline, "the run did not get that far"
-            time.sleep(0.01)
 
 
 def train_with(settings: dict, run_dir: Path, world: int, **more) -> str:
@@ -358,7 +353,7 @@ def test_a_stop_signal_to_one_stops_all_at_one_step(settings, tmp_path):
     run_dir = tmp_path / "run"
     long = settings | {"max_steps": 5000, "save_every": 5000, "snapshot_every": 5000}
     group = Group(long | {"eval_every": 5000}, run_dir, 2)
-    group.wait_for(run_dir, 3)
+    wait_for_step(run_dir, 3)
     os.kill(group.processes[1].pid, signal.SIGTERM)
     ended = group.finish()
     step = max(losses(run_dir))[0]

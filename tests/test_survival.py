@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import save_model, write_words
+from waiting import wait_for
 
 import extend_tokenizer
 import recover
@@ -60,13 +61,6 @@ def run(settings: dict, run_dir: Path, *, fresh=False, step=None, **changes) -> 
     values = settings | {"run_dir": str(run_dir)} | changes
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return train.train(path, fresh=fresh, step=step)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def steps(folder: Path) -> list[int]:
@@ -286,7 +280,8 @@ def test_a_full_local_disk(settings, tmp_path, monkeypatch, straight, where):
         def fill_up(self, record: dict) -> None:
             real(self, record)
             if record["step"] == 3:
-                wait_for(lambda: steps(tmp_path / "run" / "snapshots"))  # it is written beside us
+                snapshots = tmp_path / "run" / "snapshots"
+                wait_for(lambda: steps(snapshots), "no save came")  # it is written beside us
                 patch.setattr(*place, no_space)
 
         if where == "in a small file":

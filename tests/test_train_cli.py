@@ -18,10 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for, wait_for_step
 
 from extend_tokenizer import config_table
 
@@ -227,14 +227,6 @@ def finish(process, log: Path) -> tuple[int, str, str]:
     return process.exitcode, texts[0], "\n".join(own)
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    """Until metrics.jsonl of a run in progress shows the step."""
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
-    while not metrics.exists() or f'"step": {step}, "kind": "train"' not in metrics.read_text():
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.02)
-
-
 def assert_no_model(start, tmp_path: Path, model: Path, arguments: list, lines: list[str]) -> None:
     log = tmp_path / "log"
     arguments = [f"model_name={model}", f"run_dir={tmp_path / 'run'}", *arguments]
@@ -340,10 +332,7 @@ def test_killed_from_outside_with_only_the_durable_folder_left(start, tmp_path, 
     run_dir, durable, log = tmp_path / "run", tmp_path / "drive", tmp_path / "log"
     arguments = [f"run_dir={run_dir}", f"sentry_dir={durable}", "quantization=nf4"]
     killed = start(log, arguments)
-    deadline = time.monotonic() + 300
-    while not (durable / "step_000002" / "state.json").exists():
-        assert time.monotonic() < deadline, "no sentry came"
-        time.sleep(0.01)
+    wait_for((durable / "step_000002" / "state.json").exists, "no sentry came")
     killed.kill()
     killed.join()
     shutil.rmtree(run_dir)
