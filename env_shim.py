@@ -1,43 +1,43 @@
 """Make old and new Colab images importable, and say what a machine lacks for training.
 
-    python env_shim.py        the doctor: versions, GPU, image, what was patched, what to install
+    python env_shim.py        the doctor: versions, image, GPU, what was patched, what to install
 
-Exit 1 where training could not start, with the pip line that mends it; else 0. In a notebook, call
-apply() before torch and transformers are imported, and doctor() for the same report. Each of
-PATCHES names the versions and the symptom it answers, acts only there, and prints one line when it
-does; remove() undoes them all.
+The doctor exits with 1 if training could not start, after a line that says how to mend it, else
+with 0. In a notebook, call apply() before torch and transformers are imported, and doctor() for the
+same report. Each of PATCHES answers one symptom of certain versions. On other versions, and if
+somebody has patched by hand already, a patch does nothing. Only a restart of Python undoes one.
+
 Cost: importing this file 55 ms, apply() 5 ms, check_environment() 7 ms, the doctor 3 s, most of it
 torch's import (2 CPU cores, torch 2.13.0, 2026-11-22).
 """
 
 import argparse
-import importlib.machinery
+import importlib.abc
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import sys
-import types
-from collections.abc import Iterator
+
+# ---- What is installed ---------------------------------------------------------------------------
 
 # Package -> (oldest supported, newest tried). requirements.txt says the same, with the reasons.
 SUPPORTED = {
     "torch": ("2.9.0", "2.13.0"),
-    "transformers": ("4.57.6", "5.23.0"),
+    "transformers": ("4.57.6", "5.24.0"),
+    "safetensors": ("0.8.0", "0.8.0"),
     "accelerate": ("1.12.0", "1.15.0"),
     "bitsandbytes": ("0.46.1", "0.50.2"),
-    "pyyaml": ("6.0.1", "6.0.3"),
+    "pyyaml": ("6.0.1", "6.0.4"),
     "matplotlib": ("3.10.0", "3.11.2"),
 }
-OLDEST_PYTHON = "3.10"  # torch 2.9 wants it; transformers 5.23 wants 3.11
-COLAB_IMAGES = {"4.57.6": "2026.01", "5.0.0": "2026.02"}  # known by their transformers
-# Name of a patch in force -> (its line, its generator); a file pasted again keeps the record.
-ACTIVE_PATCHES = globals().get("ACTIVE_PATCHES", {})
+OLDEST_PYTHON = "3.10"  # torch 2.9 needs it; transformers 5.24 needs 3.11
 
 
 def installed_version(package: str) -> str:
-    """The version pip recorded, "" where there is none. Imports nothing."""
+    """Return the version that pip recorded, "" if the package is missing. Imports nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -45,174 +45,142 @@ def installed_version(package: str) -> str:
 
 
 def version_tuple(version: str) -> tuple[int, int, int]:
-    """Numbers to compare: "2.9" -> (2, 9, 0), "2.13.0+cu130" -> (2, 13, 0), "" -> (0, 0, 0)."""
+    """Turn a version into numbers: "2.13.0+cu130" -> (2, 13, 0), "2.9" -> (2, 9, 0), "" -> 0s."""
     numbers = [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
     return tuple((numbers + [0, 0, 0])[:3])
 
 
-# A patch is a generator, called with the version of the package it is for: where it is needed it
-# acts, yields the line to print, and undoes all when it is asked again.
-
-# What bitsandbytes' int8 kernels import of triton.ops: keep every configuration, cost 0.
-TRITON_OPS = {
-    "triton.ops": {},
-    "triton.ops.matmul_perf_model": {
-        "early_config_prune": lambda configs, *args, **kwargs: configs,
-        "estimate_matmul_time": lambda *args, **kwargs: 0.0,
-    },
-}
+# ---- The patches ---------------------------------------------------------------------------------
+# apply() calls a patch with the installed version of the package that it is for. The patch acts and
+# returns the line to print, or "" if it is not needed or in force already.
 
 
-def find_triton_ops(name: str, path: object = None, target: object = None) -> object:
-    """Import finder of TRITON_OPS, the last on sys.meta_path: a real triton.ops is found before.
+class TritonOpsStandIn(importlib.abc.Loader):
+    """This finds and makes triton.ops, with the two functions that bitsandbytes' kernels import.
 
-    The import system itself gives the modules their spec, path and place in the parent (a bare
-    module put into sys.modules has no spec, and find_spec("triton.ops") then raises ValueError).
+    The import system itself gives such modules their spec, path and place in the parent. A bare
+    module put into sys.modules has no spec, and find_spec("triton.ops") then raises ValueError.
     """
-    if name not in TRITON_OPS:
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name in ("triton.ops", "triton.ops.matmul_perf_model"):
+            return importlib.util.spec_from_loader(name, self, is_package=name == "triton.ops")
         return None
-    loader = types.SimpleNamespace(create_module=lambda spec: None)
-    loader.exec_module = lambda module: vars(module).update(TRITON_OPS[name])
-    return importlib.machinery.ModuleSpec(name, loader, is_package=name == "triton.ops")
+
+    def exec_module(self, module: object) -> None:
+        # triton asks both before it tries kernel settings: none is dropped, and each costs nothing
+        module.early_config_prune = lambda configs, *args, **kwargs: configs
+        module.estimate_matmul_time = lambda *args, **kwargs: 0.0
 
 
-def stand_in_for_triton_ops(version: str) -> Iterator[str]:
-    """bitsandbytes up to 0.45.0 beside triton 3.2 or newer: `import bitsandbytes` fails.
+def stand_in_for_triton_ops(version: str) -> str:
+    """Let bitsandbytes up to 0.45.0 be imported although triton 3.2 and newer have no triton.ops.
 
-    Symptom: "No module named 'triton.ops'", or from transformers 4.57 "Could not import module
-    'validate_bnb_backend_availability'". What a failed import left behind of bitsandbytes is
-    purged, else the next import finds halves.
+    For a Trainer of your own; train.py asks for bitsandbytes 0.46.1. Without this patch the import
+    fails with "No module named 'triton.ops'", and transformers 4.57 reports "Could not import
+    module 'validate_bnb_backend_availability'". The stand-in is asked last of all finders, so a
+    real triton.ops is found before it.
     """
-    find_spec = importlib.machinery.PathFinder.find_spec
-    triton = find_spec("triton")
-    if triton is None or find_spec("triton.ops", triton.submodule_search_locations or []):
-        return
-    finder = types.SimpleNamespace(find_spec=find_triton_ops)
-    sys.meta_path.append(finder)
+    try:
+        if importlib.util.find_spec("triton.ops"):
+            return ""
+    except (ImportError, ValueError):  # no triton; a stand-in by hand, which has no spec
+        return ""
+    sys.meta_path.append(TritonOpsStandIn())
     if "bitsandbytes" not in sys.modules:
+        # A failed import leaves submodules behind, and the next one would find only these halves.
         for name in [name for name in sys.modules if name.startswith("bitsandbytes.")]:
             del sys.modules[name]
-    beside = f"triton {installed_version('triton') or 'of unknown version'}: stand-in"
-    yield f"bitsandbytes {version}, {beside} for triton.ops, which this bitsandbytes imports"
-    sys.meta_path.remove(finder)
-    for name in TRITON_OPS:
-        sys.modules.pop(name, None)
-    if "triton" in sys.modules:
-        vars(sys.modules["triton"]).pop("ops", None)
+    return f"bitsandbytes {version}: stand-in for triton.ops, which this bitsandbytes imports"
 
 
-def allow_cpu_layers_in_accelerate(version: str) -> Iterator[str]:
-    """bitsandbytes older than 0.46: accelerate's prepare_model refuses a device map with "cpu".
+def allow_cpu_layers_in_accelerate(version: str) -> str:
+    """Let accelerate prepare a quantized model that has layers on the CPU.
 
-    Symptom: "You can't train a model that has been loaded in 8-bit or 4-bit precision with CPU or
-    disk offload", from a Trainer; our own loop never asks. bitsandbytes from 0.46 on declares the
-    feature that accelerate looks for. prepare_model stays as it is: one question, which it asks of
-    quantized models alone, is answered True. A device map with "disk" stays refused.
+    For a Trainer of your own beside bitsandbytes older than 0.46; train.py asks for 0.46.1. Without
+    this patch: "You can't train a model that has been loaded in 8-bit or 4-bit precision with CPU
+    or disk offload". accelerate asks whether bitsandbytes can compute on a CPU, and bitsandbytes
+    says so only from 0.46 on. The question is asked of quantized models alone, so that nothing
+    changes for other models, and layers on a disk are still refused.
     """
-    name, question = "accelerate.accelerator", "is_bitsandbytes_multi_backend_available"
-    answered = []
-    if not installed_version("accelerate"):
-        return
+    try:
+        from accelerate import accelerator, utils  # 2 s
 
-    def answer(module: types.ModuleType) -> None:
-        answered.append((module, getattr(module, question)))
-        setattr(module, question, lambda: True)
-
-    def find_spec(wanted: str, path: object = None, target: object = None) -> object:
-        """Import finder: answers when accelerate is imported (we do not: it takes 2 s)."""
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if wanted == name else None
-        if spec is not None:
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: [execute(module), answer(module)]
-        return spec
-
-    finder = types.SimpleNamespace(find_spec=find_spec)
-    sys.meta_path.insert(0, finder)
-    if name in sys.modules:
-        answer(sys.modules[name])
-    yield f"bitsandbytes {version}: accelerate may prepare a model with layers on the CPU"
-    sys.meta_path.remove(finder)
-    for module, original in answered:
-        setattr(module, question, original)
+        question = utils.is_bitsandbytes_multi_backend_available
+    except (ImportError, OSError, AttributeError):
+        return ""  # no accelerate that asks, or a torch that does not import: see torch_problems
+    if accelerator.is_bitsandbytes_multi_backend_available is not question:
+        return ""
+    accelerator.is_bitsandbytes_multi_backend_available = lambda: True
+    return f"bitsandbytes {version}: accelerate may prepare a model with layers on the CPU"
 
 
-def hold_variable(name: str, value: str, line: str) -> Iterator[str]:
-    """Set an environment variable; undone unless someone changed it since."""
-    os.environ[name] = value
-    yield line
-    if os.environ.get(name) == value:
-        del os.environ[name]
+def load_weights_one_by_one(version: str) -> str:
+    """Make transformers 5.0 to 5.3 quantize each weight before it loads the next ones.
 
-
-def load_weights_one_by_one(version: str) -> Iterator[str]:
-    """transformers 5.0 to 5.3: 4-bit weights are loaded by threads that outrun the quantization.
-
-    Symptom: loading peaks far above the size of the 4-bit model and runs out of memory. From 5.4
-    on transformers itself loads one by one when it quantizes.
+    Without this patch threads load 4-bit weights faster than these are quantized. Loading then
+    peaks far above the size of the 4-bit model and runs out of memory. transformers 5.4 and newer
+    load one by one themselves if they quantize.
     """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    if name not in os.environ:
-        line = f"transformers {version}: {name}=1, loads weights one by one"
-        yield from hold_variable(name, "1", line)
+    if "HF_DEACTIVATE_ASYNC_LOAD" in os.environ:
+        return ""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    return f"transformers {version}: HF_DEACTIVATE_ASYNC_LOAD=1, loads weights one by one"
 
 
 def has_nvidia_driver() -> bool:
     return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidiactl")
 
 
-def grow_cuda_segments(version: str) -> Iterator[str]:
-    """Any torch on an NVIDIA GPU under Linux: out of memory with gigabytes reserved but not in use.
+def grow_cuda_segments(version: str) -> str:
+    """Let torch's allocator grow its segments of GPU memory, on an NVIDIA GPU under Linux.
 
-    The allocator reads the variable when CUDA starts, so it is set only before. torch 2.9 and later
-    read PYTORCH_ALLOC_CONF; the older PYTORCH_CUDA_ALLOC_CONF still counts as the user's choice.
+    Without this patch every torch so far can run out of memory with gigabytes reserved but not in
+    use. The allocator reads PYTORCH_ALLOC_CONF when CUDA starts. Once CUDA has started, this patch
+    does nothing. torch 2.9 and
+    newer read PYTORCH_ALLOC_CONF; an older PYTORCH_CUDA_ALLOC_CONF counts as the user's choice.
     """
     torch = sys.modules.get("torch")
     cuda_is_up = torch is not None and torch.cuda.is_initialized()
     chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
-    if not chosen and not cuda_is_up and sys.platform == "linux" and has_nvidia_driver():
-        name, value = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-        yield from hold_variable(name, value, f"{name}={value}, against fragmented GPU memory")
+    if chosen or cuda_is_up or sys.platform != "linux" or not has_nvidia_driver():
+        return ""
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return "PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmented GPU memory"
 
 
-PATCHES = (  # each with the package it is for, the first version and the first it is not for
+PATCHES = (  # each with its package, the first version that needs it, the first that does not
     (stand_in_for_triton_ops, "bitsandbytes", "0", "0.45.1"),
-    (allow_cpu_layers_in_accelerate, "bitsandbytes", "0", "0.46"),
     (load_weights_one_by_one, "transformers", "5.0", "5.4"),
     (grow_cuda_segments, "torch", "2.9", "99"),
+    (allow_cpu_layers_in_accelerate, "bitsandbytes", "0", "0.46"),  # last: it imports torch
 )
+# The lines of the patches in force, for the doctor. A file pasted again keeps them.
+PATCHED = globals().get("PATCHED", [])
 
 
 def apply(verbose: bool = True) -> list[str]:
-    """Put in force what this machine needs; returns, and prints, a line for each new patch."""
+    """Put in force what this machine needs. Returns, and prints, a line for each new patch."""
     lines = []
     for patch, package, first, end in PATCHES:
-        name, version = patch.__name__, installed_version(package)
-        is_for = version_tuple(first) <= version_tuple(version) < version_tuple(end)
-        if name in ACTIVE_PATCHES or not version or not is_for:
-            continue
-        generator = patch(version)
-        if line := next(generator, None):
-            ACTIVE_PATCHES[name] = line, generator
+        version = installed_version(package)
+        needed = version_tuple(first) <= version_tuple(version) < version_tuple(end)
+        if version and needed and (line := patch(version)):
             lines.append(line)
             if verbose:
                 print(f"env_shim: {line}", flush=True)
+    PATCHED.extend(lines)
     return lines
-
-
-def remove() -> None:
-    """Undo what apply() did."""
-    while ACTIVE_PATCHES:
-        _, (_, generator) = ACTIVE_PATCHES.popitem()
-        next(generator, None)
 
 
 def keep_cpu_weights_plain(model: object) -> int:
     """Keep 4-bit weights on a CPU with AVX512-BF16 in the layout that can be trained through.
 
-    bitsandbytes from 0.49 on repacks them in place at the first evaluation forward; from then on no
-    gradient passes through them. torch warns "bitsandbytes::gemv_4bit: an autograd kernel was not
-    registered", or training fails with "a view of a leaf Variable that requires grad is being used
-    in an in-place operation". Call it after loading; returns the number of layers changed.
+    Call it after loading. Returns the number of layers changed. bitsandbytes 0.49 and newer repack
+    these weights in place at the first evaluation forward, and from then on no gradient passes
+    through them. torch warns "bitsandbytes::gemv_4bit: an autograd kernel was not registered", or
+    training fails with "a view of a leaf Variable that requires grad is being used in an in-place
+    operation".
     """
     layers = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     for layer in layers:
@@ -220,52 +188,63 @@ def keep_cpu_weights_plain(model: object) -> int:
     return len(layers)
 
 
-def import_torch() -> tuple:
-    """(torch, "") or (None, the problem): a torch with broken CUDA libraries raises at import."""
+# ---- The check -----------------------------------------------------------------------------------
+
+
+def package_problems(package: str) -> list[str]:
+    """Say whether a package is missing, too old, or imported in another version than installed."""
+    version, oldest, problems = installed_version(package), SUPPORTED[package][0], []
+    pip = f'run: pip install "{package}>={oldest}"'
+    if not version:
+        return [f"{package} is not installed; {pip}"]
+    if version_tuple(version) < version_tuple(oldest):
+        problems.append(f"{package} {version} is older than {oldest}, the oldest supported; {pip}")
+    loaded = getattr(sys.modules.get(package), "__version__", version)
+    if version_tuple(loaded) != version_tuple(version):
+        stale = f"{package} {version} is installed but {loaded} is already imported"
+        problems.append(f"{stale}; restart the session (Colab: Runtime > Restart session)")
+    return problems
+
+
+def torch_problems(need_gpu: bool) -> list[str]:
+    """Import an installed torch, and say if the import fails or if a needed GPU is not there."""
+    version = installed_version("torch")
+    if not version:
+        return []
     try:
         import torch
-    except (ImportError, OSError) as error:
-        reason, version = str(error).strip().partition("\n")[0], installed_version("torch")
+    except (ImportError, OSError) as error:  # OSError: its CUDA libraries are broken
+        reason = str(error).strip().partition("\n")[0]
         pip = f'pip install --force-reinstall "torch>={SUPPORTED["torch"][0]}"'
-        return None, f"torch {version} is installed but does not import ({reason}); run: {pip}"
-    return torch, ""
+        return [f"torch {version} is installed but does not import ({reason}); run: {pip}"]
+    if need_gpu and not torch.cuda.is_available():
+        missing = "device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu, or "
+        return [missing + "choose a GPU runtime (Colab: Runtime > Change runtime type)"]
+    return []
 
 
 def check_environment(device: str = "auto", quantization: str = "nf4") -> list[str]:
-    """What would stop training here, a line each with what mends it; [] where it can start.
+    """Say what would stop training here, a line each with what mends it; [] if it can start.
 
-    Imports nothing, save torch where device is "cuda". train.py asks before anything else.
+    Imports nothing, except torch if device is "cuda". train.py asks before anything else.
     """
     python, problems = platform.python_version(), []
     if version_tuple(python) < version_tuple(OLDEST_PYTHON):
         older = f"Python {python} is older than {OLDEST_PYTHON}, the oldest supported"
         problems.append(f"{older}; run with Python {OLDEST_PYTHON} or newer")
-    for package, (oldest, _) in SUPPORTED.items():
-        if package == "bitsandbytes" and quantization == "none":
-            continue
-        version, pip = installed_version(package), f'run: pip install "{package}>={oldest}"'
-        loaded = getattr(sys.modules.get(package), "__version__", version)
-        if not version:
-            problems.append(f"{package} is not installed; {pip}")
-        elif version_tuple(version) < version_tuple(oldest):
-            older = f"{package} {version} is older than {oldest}, the oldest supported"
-            problems.append(f"{older}; {pip}")
-        if version and version_tuple(loaded) != version_tuple(version):
-            stale = f"{package} {version} is installed but {loaded} is already imported"
-            problems.append(f"{stale}; restart the session (Colab: Runtime > Restart session)")
-    if device == "cuda" and installed_version("torch"):
-        torch, problem = import_torch()
-        if problem:
-            problems.append(problem)
-        elif not torch.cuda.is_available():
-            missing = "device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu, or "
-            missing += "choose a GPU runtime (Colab: Runtime > Change runtime type)"
-            problems.append(missing)
-    return problems
+    for package in SUPPORTED:
+        if package != "bitsandbytes" or quantization != "none":
+            problems += package_problems(package)
+    return problems + (torch_problems(need_gpu=True) if device == "cuda" else [])
+
+
+# ---- The doctor ----------------------------------------------------------------------------------
+
+COLAB_IMAGES = {"4.57.6": "2026.01", "5.0.0": "2026.02"}  # transformers' version -> the image's
 
 
 def describe_image() -> str:
-    """Which Colab image this is, as far as its transformers tells."""
+    """Guess from transformers' version which Colab image this is."""
     if "COLAB_RELEASE_TAG" not in os.environ:
         return "not Colab"
     version = installed_version("transformers")
@@ -274,9 +253,11 @@ def describe_image() -> str:
     return f"Colab, unknown image (none we know has transformers {version or 'missing'})"
 
 
-def describe_gpus(torch: types.ModuleType) -> list[str]:
-    """A line for each GPU that torch sees: name, memory, capability and the dtype that follows."""
-    lines = []
+def describe_gpus() -> list[str]:
+    """Give a line for each GPU that torch sees: name, memory, capability, and the dtype for it."""
+    torch, lines = sys.modules.get("torch"), []
+    if torch is None:
+        return ["unknown"]
     for index in range(torch.cuda.device_count()):
         gpu, dtype = torch.cuda.get_device_properties(index), "bfloat16"
         if gpu.major < 8:
@@ -288,8 +269,9 @@ def describe_gpus(torch: types.ModuleType) -> list[str]:
 
 
 def doctor() -> int:
-    """Print what is here, patched, and amiss; returns 1 where training could not start, else 0."""
+    """Print what is here, patched, and amiss; returns 1 if training could not start, else 0."""
     apply(verbose=False)
+    problems = check_environment() + torch_problems(need_gpu=False)
     rows = [("python", platform.python_version())]
     for package, (oldest, newest) in SUPPORTED.items():
         version = installed_version(package) or "-"
@@ -298,12 +280,8 @@ def doctor() -> int:
             note += f'; newer than tried: if it fails, run: pip install "{package}=={newest}"'
         rows.append((package, f"{version:<14} {note}"))
     rows.append(("image", describe_image()))
-    problems = check_environment()
-    if installed_version("torch"):
-        torch, problem = import_torch()
-        problems += [problem] if problem else []
-        rows += [("gpu", line) for line in (describe_gpus(torch) if torch else ["unknown"])]
-    rows += [("patched", line) for line, _ in ACTIVE_PATCHES.values()] or [("patched", "nothing")]
+    rows += [("gpu", line) for line in describe_gpus()]
+    rows += [("patched", line) for line in PATCHED or ["nothing"]]
     rows += [("problem", line) for line in problems]
     rows.append(("result", "training cannot start" if problems else "training can start"))
     for name, text in rows:

@@ -1,96 +1,724 @@
-"""The new rows of a frozen language model: look-up, logits and loss over base + new vocabulary.
+"""This file puts trainable rows beside a frozen language model, whose own tables never change.
 
-    overlay = WakeOverlay(model, len(tokenizer), input_rows, output_rows)  # or None: shared
-    overlay.install()      # model(**inputs) and model.generate() now know the new ids
-    overlay.uninstall()    # the untouched model again
+    overlay = WakeOverlay(model, first_new_id, input_rows, output_rows)  # None: one set for both
+    overlay.install()                             # model() and generate() now know the new ids
 
-The base tables are never resized, written or given a gradient. Ids below first_new_id come from
-them, ids from first_new_id on from the overlay, so padding rows of the base table never matter.
-Training does not go through autograd's dense gradients: `embed` gives the body its inputs,
-`chunked_cross_entropy` gives loss and gradients chunk by chunk, `add_input_gradient` adds to the
-rows that were used.
+    optimizer = Optimizer(overlay)
+    overlay.begin_step(x)                         # one training step by hand
+    losses = forward_backward(overlay, x, y, overlay.base_embed(x), 1 / x.numel(), LossScale())
+    norm = optimizer.gradient_norm()
+    optimizer.update(step, learning_rate, min(1.0, max_grad_norm / norm))
+
+A model has V base tokens and gets N new ones with the ids V ... V + N - 1. Its embedding table E
+and its head table W stay as they are. The new words have input rows R, of shape (N, H), and output
+rows S of the same shape; if the model ties its head to its embedding, S is R.
+
+    embedding of id i    E[i]  if i < V,  else R[i - V]
+    logits of state h    [ h W^T , h S^T ]                                  V + N numbers
+
+Nothing else is trained. The gradient of S is made inside the loss. The gradient of R is the
+gradient of the body's input embeddings, taken at the positions of new words. The file has this
+order: rows and look-up, loss, one micro-batch, Adafactor, what rows share, first values, and last
+the models that cannot be served. A 14B step of 2,048 tokens spends 27 of its 330 ms in the loss
+(one H100, 2026-11-22, docs/measurements.md).
 """
 
 import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# 256 positions x 152,064 fp32 logits: 149 MiB, three elementwise passes. More gained nothing.
+# If this file is pasted into a notebook below the others, their names are there already.
+if "UserError" not in globals():
+    from config import UserError
+
+# The loss holds fp32 logits of 256 positions over the base vocabulary at once: 149 MiB for 152,064
+# tokens. Larger chunks were not faster on an H100.
 LOSS_CHUNK_POSITIONS = 256
-# All new-row logits of so many positions are held at once: 2,048 x 44,223 fp32 = 345 MiB.
+# The loss holds the logits of 2,048 positions over the new words at once: 345 MiB for 44,223 words.
 LOSS_GROUP_POSITIONS = 2048
-# New rows are cast to the compute dtype this many at a time, never all: 4,096 x 5,120 bf16, 40 MiB.
+# New rows are fp32 and cast to the compute dtype 4,096 at a time: 40 MiB at a hidden size of 5,120.
 ROW_BLOCK = 4096
-# float16 keeps 6e-8 at the least; a softmax over 195,888 tokens has entries of 5e-6. Scaled by this
-# exact power of two they keep their precision, and the largest, 1, stays far below 65,504.
+# float16 loses precision below 6e-5 and holds nothing below 6e-8. A softmax over 195,888 tokens has
+# entries near 5e-6. Multiplied by this power of two, such entries keep their precision. The largest
+# possible entry, 1, becomes 1,024, far below float16's limit of 65,504.
 FLOAT16_SOFTMAX_SCALE = 1024.0
+# The loss scale that a float16 run starts with. It is halved at each overflow. After
+# every 200 steps without an overflow it is doubled again, up to this value.
+FLOAT16_LOSS_SCALE = 65536.0
 
 
-class OverlayError(ValueError):
-    """The model has an embedding or head that the overlay cannot serve exactly; one line."""
+# ---- Rows and their look-up ----------------------------------------------------------------------
 
-    def __init__(self, problem: str):
-        super().__init__(problem)
-        self.problems = [problem]
+
+class WakeOverlay(nn.Module):
+    """This holds trainable fp32 rows for the ids from first_new_id on, beside a frozen model.
+
+    Shapes: input_rows (N, H); output_rows (N, H), or None if the head shares the input rows.
+    train_output=False keeps the output rows as they are. offload_input_table moves an untied input
+    table to the host: it is only looked up, so 20 MiB of rows a step cross the bus (2,048 tokens,
+    H = 5,120) and 1.45 GiB of the card stay free.
+
+    Memory: 4 N H bytes for each row set, and 4 N H bytes for the one gradient buffer of both sets
+    Raises: UserError if the model has an embedding or a head that cannot be served exactly
+    """
+
+    def __init__(
+        self, model: nn.Module, first_new_id: int, input_rows: Tensor,
+        output_rows: Tensor | None = None, train_output: bool = True,
+        offload_input_table: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        check_model(model, first_new_id)
+        keep_outside(
+            self, model=model, embedding=model.get_input_embeddings(),
+            head=model.get_output_embeddings(), body=getattr(model, model.base_model_prefix),
+        )  # fmt: skip
+        settings = model.config.get_text_config()
+        self.base_vocab_size = settings.vocab_size  # put back by uninstall; padding rows included
+        self.softcap = getattr(settings, "final_logit_softcapping", None)
+        self.first_new_id, self.train_output = first_new_id, train_output
+        self.base_rows = dense_weight(self.head)  # (at least V, H)
+        self.dtype, device = self.base_rows.dtype, self.base_rows.device
+        if offload_input_table and not is_tied(model.config):
+            self.embedding.to("cpu")
+        self.input_rows = nn.Parameter(input_rows.to(device, torch.float32))  # (N, H)
+        self.output_rows = None
+        if output_rows is not None:
+            self.output_rows = nn.Parameter(output_rows.to(device, torch.float32), train_output)
+        # The gradient of the output rows. After their update it takes that of the input rows.
+        self.grad = torch.zeros_like(self.input_rows, requires_grad=False)  # (N, H)
+        # The gradient of the input rows, only for the words that occur in the step's text.
+        self.used = torch.empty(0, dtype=torch.int64, device=device)  # (U,) indices of their rows
+        self.input_grad = self.grad.new_empty(0, self.grad.shape[1])  # (U, H)
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """These rows, of shape (N, H), make the new words' logits."""
+        return self.input_rows if self.output_rows is None else self.output_rows
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first_new_id + len(self.input_rows)
+
+    def base_embed(self, input_ids: Tensor) -> Tensor:
+        """Look up base tokens; a new word gets row 0, which `embed` replaces.
+
+        Shapes: input_ids (B, T) int64 -> (B, T, H) in the compute dtype, on the head's device,
+                without a gradient
+        """
+        ids = torch.where(input_ids < self.first_new_id, input_ids, 0)
+        embeds = self.embedding(ids.to(self.embedding.weight.device)).detach()  # (B, T, H)
+        if embeds.device != self.base_rows.device and self.base_rows.is_cuda:
+            embeds = embeds.pin_memory()  # from pageable memory Python would wait for the copy
+        return embeds.to(self.base_rows.device, self.dtype, non_blocking=True)
+
+    def embed(self, input_ids: Tensor, base_embeds: Tensor | None = None) -> Tensor:
+        """Look up base tokens and new words: E[i] if i < V, else R[i - V].
+
+        Shapes: input_ids (B, T) int64; base_embeds (B, T, H) as `base_embed` gave it earlier
+                -> (B, T, H) in the compute dtype, differentiable in input_rows
+        """
+        base_embeds = self.base_embed(input_ids) if base_embeds is None else base_embeds
+        input_ids = input_ids.to(base_embeds.device)
+        is_new = input_ids >= self.first_new_id
+        index = torch.where(is_new, input_ids - self.first_new_id, 0)  # (B, T)
+        rows = self.input_rows[index].to(self.dtype)  # (B, T, H)
+        return torch.where(is_new[..., None], rows * self.embed_scale(), base_embeds)
+
+    def embed_scale(self) -> Tensor | float:
+        """Gemma multiplies embeddings by sqrt(H), rounded to the table's dtype; others by 1."""
+        scale = getattr(self.embedding, "embed_scale", 1.0)
+        return scale.to(self.base_rows.device, self.dtype) if torch.is_tensor(scale) else scale
+
+    def begin_step(self, input_ids: Tensor) -> None:
+        """Clear both gradients; input_ids: the ids of the whole step, from all processes."""
+        new_ids = input_ids[input_ids >= self.first_new_id].unique()  # (U,) in ascending order
+        self.used = (new_ids - self.first_new_id).to(self.grad.device)
+        self.input_grad = self.grad.new_zeros(len(new_ids), self.grad.shape[1])  # (U, H)
+        self.grad.zero_()
+
+    def loss(
+        self, hidden_states: Tensor, labels: Tensor, scale: float | None = None,
+        base_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Compute chunked_cross_entropy over base and new words, or over the untouched head alone.
+
+        Shapes: hidden_states (B, T, H), labels (B, T)
+                -> losses (B, T) fp32, gradient (B, T, H) fp32, or None without `scale`.
+        The output rows' gradient is added to `grad`.
+        """
+        losses, grad = chunked_cross_entropy(
+            hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device),
+            self.base_rows, len(self.base_rows) if base_only else self.first_new_id,
+            None if base_only else self.logit_rows.detach(),
+            self.grad if self.train_output else None, scale, self.softcap,
+        )  # fmt: skip
+        return losses.view(labels.shape), None if grad is None else grad.view(hidden_states.shape)
+
+    def add_input_gradient(self, input_ids: Tensor, grad: Tensor) -> None:
+        """Add d(loss)/d(embed(input_ids)), of shape (B, T, H), to the rows that were looked up."""
+        is_new = input_ids >= self.first_new_id
+        index = torch.searchsorted(self.used, input_ids[is_new] - self.first_new_id)  # (new,)
+        rows = grad[is_new].float() * self.embed_scale()  # (new, H)
+        add_rows_(self.input_grad, index, rows)
+
+    def install(self) -> None:
+        """Put the overlay into the model, and prove that the base tokens' logits stay the same.
+
+        Raises: UserError if the logits differ; the model is then as it was before
+        """
+        self.model.set_input_embeddings(OverlayEmbedding(self))
+        self.model.set_output_embeddings(OverlayHead(self))
+        self.set_vocab_size(self.vocab_size)
+        try:
+            probe(self)
+        except UserError:
+            self.uninstall()
+            raise
+
+    def uninstall(self) -> None:
+        """Give the model its own embedding and head back."""
+        self.model.set_input_embeddings(self.embedding)
+        self.model.set_output_embeddings(self.head)
+        self.set_vocab_size(self.base_vocab_size)
+
+    def set_vocab_size(self, size: int) -> None:
+        """Set the size that transformers' own loss reads from the config, or in Gemma the model."""
+        self.model.config.get_text_config().vocab_size = size
+        if "vocab_size" in self.model.__dict__:
+            self.model.vocab_size = size
+
+
+class OverlayEmbedding(nn.Module):
+    """This module takes the place of the model's input embedding while the overlay is installed."""
+
+    def __init__(self, overlay: WakeOverlay):
+        super().__init__()
+        self.rows = overlay.input_rows  # model.device is that of the first parameter, this one
+        keep_outside(self, overlay=overlay)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.overlay.embed(input_ids)
+
+
+class OverlayHead(nn.Module):
+    """This module takes the place of the model's head; it gives logits over base and new tokens."""
+
+    def __init__(self, overlay: WakeOverlay):
+        super().__init__()
+        self.rows = overlay.logit_rows
+        keep_outside(self, overlay=overlay)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        overlay, linear = self.overlay, nn.functional.linear
+        base = linear(hidden_states, overlay.base_rows[: overlay.first_new_id])  # (..., V)
+        if hidden_states.shape[:-1].numel() <= 8:
+            # While generating, reading fp32 rows once is cheaper than casting all of them.
+            new = linear(hidden_states.float(), self.rows).to(base.dtype)  # (..., N)
+        else:
+            new = linear(hidden_states, self.rows.to(hidden_states.dtype))  # (..., N)
+        return torch.cat([base, new], dim=-1)  # (..., V + N)
+
+
+def keep_outside(module: nn.Module, **parts: nn.Module) -> None:
+    """Set attributes without making submodules of them, as nn.Module's own __setattr__ would.
+
+    As submodules the parts of the model would be saved, moved and trained together with the rows.
+    """
+    for name, part in parts.items():
+        object.__setattr__(module, name, part)
+
+
+def is_tied(model_config) -> bool:
+    """Say whether the head uses the embedding's table, according to a transformers config."""
+    return bool(model_config.get_text_config().tie_word_embeddings)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """(rows, hidden) weight of an embedding or head; a 4-bit one is dequantized."""
+    """Return the (rows, H) weight of an embedding or head; a 4-bit weight is dequantized."""
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
         import bitsandbytes.functional
 
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     if not weight.dtype.is_floating_point:
-        raise OverlayError(
+        raise UserError(
             f"{type(module).__name__} holds {weight.dtype} weights; the overlay reads float or NF4"
             " tables: load the model with quantization nf4 or none"
         )
     return weight.detach()
 
 
-def add_rows_(target: Tensor, place: Tensor, rows: Tensor) -> None:
-    """target[place[i]] += rows[i] for every i, to the same bits each time.
+def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows[i] to target[index[i]] for every i, with the same bits each time.
 
-    On a GPU index_add_ adds in any order and index_put_ sorts first; on a CPU index_add_ goes
-    through the rows one after another.
+    On a GPU index_add_ adds in any order, but index_put_ sorts the indices first. On a CPU
+    index_add_ adds one row after another.
     """
     if target.is_cuda:
-        target.index_put_((place,), rows, accumulate=True)
+        target.index_put_((index,), rows, accumulate=True)
     else:
-        target.index_add_(0, place, rows)
+        target.index_add_(0, index, rows)
+
+
+# ---- Loss ----------------------------------------------------------------------------------------
+
+
+def chunked_cross_entropy(
+    hidden_states: Tensor, labels: Tensor, base_rows: Tensor, first_new_id: int,
+    new_rows: Tensor | None = None, new_rows_grad: Tensor | None = None, scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute cross entropy over base and new rows without ever holding all logits. It equals
+
+        logits = cat([hidden @ base_rows[:first_new_id].T, hidden @ new_rows.T], dim=1)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
+
+    If `scale` is given, the gradient of scale * losses.sum() is returned for hidden_states, and
+    added to new_rows_grad. With d = softmax(logits) - onehot(label), cut into base and new part,
+
+        d loss / d hidden    = scale (d_base base_rows + d_new new_rows)
+        d loss / d new_rows  = scale d_new^T hidden
+
+    Shapes: hidden_states (T, H) in the compute dtype; labels (T,) int64, negative ones are ignored;
+            base_rows (at least first_new_id, H) in the compute dtype; new_rows, new_rows_grad
+            (N, H) fp32 -> losses (T,) fp32 in nats, gradient (T, H) fp32 or None
+    Memory: 0.6 GiB at T = 2,048, H = 5,120 and 152k + 44k rows; the plain way takes 5.7 GiB
+    Source: Liger-Kernel's fused linear cross entropy makes its gradients in the forward pass too.
+            Here only the new rows have a gradient. The base head is read twice and never written.
+    """
+    if new_rows is None:
+        new_rows = hidden_states.new_empty(0, hidden_states.shape[1], dtype=torch.float32)
+    # A matrix product with 151,665 columns is slow on a GPU, because its rows are not aligned.
+    # Padding rows of the table fill the number up to a multiple of 64; their logits become -inf.
+    base_rows = base_rows[: -(-first_new_id // 64) * 64]
+    losses = torch.empty(len(labels), device=labels.device)  # (T,)
+    grad_hidden = None if scale is None else torch.empty_like(hidden_states, dtype=torch.float32)
+    for group in blocks(len(labels), LOSS_GROUP_POSITIONS):
+        hidden = hidden_states[group]  # (G, H)
+        grad = None if scale is None else grad_hidden[group]  # (G, H), a view
+        losses[group], d_new = cross_entropy_of_group(
+            hidden, labels[group], base_rows, first_new_id, new_rows, grad, softcap
+        )
+        if grad is not None:
+            add_gradients_of_new_rows_(d_new, hidden, new_rows, grad, new_rows_grad, scale)
+    return losses, grad_hidden
+
+
+def cross_entropy_of_group(
+    hidden: Tensor, labels: Tensor, base_rows: Tensor, first_new_id: int, new_rows: Tensor,
+    grad_hidden: Tensor | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the losses of G positions, (G,), and d(loss)/d(new logits), (G, N) fp32.
+
+    The logits of all new rows are held at once, those of the base rows chunk by chunk. If
+    grad_hidden (G, H) is given, it becomes d_base base_rows.
+    """
+    new_logits = hidden.new_empty(len(hidden), len(new_rows), dtype=torch.float32)  # (G, N)
+    for block in blocks(len(new_rows), ROW_BLOCK):
+        new_logits[:, block] = matmul_fp32(hidden, new_rows[block].to(hidden.dtype).T)
+    losses = torch.empty(len(labels), device=labels.device)  # (G,)
+    for chunk in blocks(len(hidden), LOSS_CHUNK_POSITIONS):
+        base_logits = matmul_fp32(hidden[chunk], base_rows.T)  # (C, base columns)
+        losses[chunk] = cross_entropy_and_grad_(
+            base_logits, new_logits[chunk], labels[chunk], first_new_id, softcap
+        )
+        if grad_hidden is not None:
+            grad_hidden[chunk] = matmul_fp32(as_operand(base_logits, hidden.dtype), base_rows)
+    return losses, new_logits
+
+
+def add_gradients_of_new_rows_(
+    d_new: Tensor, hidden: Tensor, new_rows: Tensor, grad_hidden: Tensor,
+    new_rows_grad: Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    """Complete the gradients of a group of G positions, in place, from d_new (G, N) fp32.
+
+    grad_hidden (G, H) holds d_base base_rows so far and becomes the whole gradient.
+    """
+    if hidden.dtype == torch.float16:
+        scale = scale / FLOAT16_SOFTMAX_SCALE  # as_operand has multiplied by it
+    for block in blocks(len(new_rows), ROW_BLOCK):
+        d_block = as_operand(d_new[:, block], hidden.dtype)  # (G, block)
+        grad_hidden += matmul_fp32(d_block, new_rows[block].to(hidden.dtype))
+        if new_rows_grad is not None:
+            new_rows_grad[block].add_(matmul_fp32(d_block.T, hidden), alpha=scale)
+    grad_hidden *= scale
+
+
+def cross_entropy_and_grad_(
+    base: Tensor, new: Tensor, labels: Tensor, first_new_id: int, softcap: float | None = None
+) -> Tensor:
+    """Return each position's loss, and turn the logits into d(loss)/d(logits) in place.
+
+    Shapes: base (C, base columns) and new (C, N), fp32, uncapped; labels (C,) int64, negative ones
+            give a loss and a gradient of zero -> losses (C,) fp32
+    """
+    slopes = [soft_cap_(logits, softcap) for logits in (base, new)]
+    base[:, first_new_id:] = -math.inf  # padding rows of the table are no tokens
+    position = torch.arange(len(labels), device=labels.device)  # (C,)
+    in_base, valid = labels < first_new_id, labels >= 0
+    base_label = torch.where(in_base & valid, labels, 0)
+    largest, target = base.amax(dim=1), base[position, base_label]  # (C,)
+    if new.shape[1]:
+        new_label = torch.where(in_base, 0, labels - first_new_id)
+        largest = torch.maximum(largest, new.amax(dim=1))
+        target = torch.where(in_base, target, new[position, new_label])
+    total = base.sub_(largest[:, None]).exp_().sum(dim=1)  # (C,)
+    total += new.sub_(largest[:, None]).exp_().sum(dim=1)
+    losses = torch.where(valid, largest + total.log() - target, 0.0)
+    weight = torch.where(valid, 1.0 / total, 0.0)[:, None]  # (C, 1)
+    base.mul_(weight)  # softmax ...
+    base[position, base_label] -= (in_base & valid).float()  # ... minus one at the label
+    new.mul_(weight)
+    if new.shape[1]:
+        new[position, new_label] -= (~in_base).float()
+    for logits, slope in zip((base, new), slopes):
+        if slope is not None:
+            logits.mul_(slope)
+    return losses
+
+
+def soft_cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Replace logits by softcap * tanh(logits / softcap) in place; return the derivative.
+
+    Gemma 2 caps its logits like this. The result is None if there is no softcap.
+    """
+    if not softcap:
+        return None
+    logits.div_(softcap).tanh_()
+    slope = 1.0 - logits.square()
+    logits.mul_(softcap)
+    return slope
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a @ b in fp32; on a GPU the tensor cores sum half-precision operands in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()  # a CPU rounds the result to half precision first
+
+
+def as_operand(d_logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast d(loss)/d(logits) for a matrix product; for float16 it is scaled up in place first."""
+    if dtype == torch.float16:
+        d_logits.mul_(FLOAT16_SOFTMAX_SCALE)
+    return d_logits.to(dtype)
+
+
+def blocks(length: int, size: int) -> Iterator[slice]:
+    """Cut a range into slices: blocks(5, 2) -> 0:2, 2:4, 4:5."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+# ---- One micro-batch by hand ---------------------------------------------------------------------
+
+
+@dataclass
+class LossScale:
+    """In float16, backward runs on gradients times `value`, a power of two; elsewhere it is 1."""
+
+    value: float = 1.0
+    good_steps: int = 0
+
+    def overflowed(self) -> None:
+        self.value, self.good_steps = self.value / 2, 0
+
+    def agree(self, lowest: float) -> None:
+        """Take the lowest value of all processes, because process 0 alone saves it for all."""
+        if lowest < self.value:
+            self.value, self.good_steps = lowest, 0
+
+    def step_done(self) -> None:
+        self.good_steps += 1
+        if self.value < FLOAT16_LOSS_SCALE and self.good_steps % 200 == 0:
+            self.value *= 2
+
+
+def forward_backward(
+    overlay: WakeOverlay, x: Tensor, y: Tensor, base_embeds: Tensor, scale: float,
+    loss_scale: LossScale, after_loss: Callable | None = None,
+) -> Tensor:  # fmt: skip
+    """Run one micro-batch; the gradients of scale * (sum of losses) are added to the overlay's.
+
+        embeds = embed(x)      hidden = body(embeds)      losses, d_hidden = loss(hidden, y)
+        d_embeds = body's backward of d_hidden            R's gradient += d_embeds at the new words
+
+    The body's weights need no gradient, so autograd only carries d_hidden back to d_embeds.
+    Shapes: x, y (B, T) int64 on the device; base_embeds (B, T, H) -> losses (B, T) fp32
+    If float16 overflows in backward, the loss scale is halved and the body runs again.
+    after_loss is called between loss and backward, while a GPU still works on the loss.
+    """
+    with torch.no_grad():
+        inputs_embeds = overlay.embed(x, base_embeds).requires_grad_()  # (B, T, H)
+    grad = None
+    while True:
+        hidden_states = overlay.body(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        if grad is None:  # a repetition after an overflow keeps the first loss and its gradient
+            losses, grad = overlay.loss(hidden_states.detach(), y, scale)  # (B, T), (B, T, H)
+            if after_loss:
+                after_loss()
+        if hidden_states.dtype == torch.float16:
+            d_hidden = (grad * loss_scale.value).to(torch.float16)
+        else:
+            d_hidden, grad = grad.to(hidden_states.dtype), losses  # frees 40 MiB for backward
+        (d_embeds,) = torch.autograd.grad(hidden_states, inputs_embeds, d_hidden)  # (B, T, H)
+        finite = d_embeds.dtype != torch.float16 or d_embeds.isfinite().all().item()
+        # If the losses are not finite, or the scale is down to 1, no smaller scale can help.
+        if finite or loss_scale.value <= 1.0 or not losses.isfinite().all():
+            break
+        loss_scale.overflowed()
+    overlay.add_input_gradient(x, d_embeds.float() / loss_scale.value)
+    return losses
+
+
+# ---- Adafactor -----------------------------------------------------------------------------------
+
+
+def adafactor_update(
+    rows: Tensor, grad: Tensor, mean_squares: dict[str, Tensor], step: int, learning_rate: float,
+    grad_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Move `rows` by one Adafactor step on g = grad_scale * grad. With d = 1 - step^-0.8,
+
+        r <- d r + (1 - d) (mean of g^2 over each row + 1e-30)            (N,)
+        c <- d c + (1 - d) (mean of g^2 over each column + 1e-30)         (H,)
+        u  = g / sqrt(r c^T / mean(r))
+        rows <- rows - learning_rate u / max(1, root mean square of u)
+
+    It equals transformers' Adafactor(lr, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8,
+    scale_parameter=False, relative_step=False).
+
+    Shapes: rows, grad (N, H) fp32; mean_squares: 'row' (N,), 'column' (H,), updated in place
+    Memory: a temporary of 4,096 rows, 80 MiB at H = 5,120; transformers' takes 2 N H values
+    Source: Shazeer and Stern, "Adafactor", 2018
+    """
+    num_rows, hidden_size = rows.shape
+    decay = 1.0 - step**-0.8
+    # A norm needs no (N, H) temporary; grad.square().mean() would. Shapes: (N,) and (H,).
+    row_squares = torch.linalg.vector_norm(grad, dim=1).mul_(grad_scale).square_() / hidden_size
+    column_squares = torch.linalg.vector_norm(grad, dim=0).mul_(grad_scale).square_() / num_rows
+    row, column = mean_squares["row"], mean_squares["column"]
+    row.mul_(decay).add_(row_squares + 1e-30, alpha=1 - decay)
+    column.mul_(decay).add_(column_squares + 1e-30, alpha=1 - decay)
+    row_factor = (row / row.mean()).rsqrt()  # (N,)
+    column_factor = column.rsqrt() * grad_scale  # (H,)
+    total = torch.zeros((), device=grad.device)  # the sum of u^2
+    for block in blocks(num_rows, ROW_BLOCK):
+        norms = torch.linalg.vector_norm(grad[block] * column_factor, dim=1)  # (block,)
+        total += norms.mul_(row_factor[block]).square_().sum()
+    root_mean_square = (total / (num_rows * hidden_size)).sqrt()
+    row_factor = (row_factor * (learning_rate / root_mean_square.clamp(min=1.0)))[:, None]
+    for block in blocks(num_rows, ROW_BLOCK):
+        rows[block].addcmul_(grad[block] * column_factor, row_factor[block], value=-1)
+
+
+class Optimizer:
+    """This holds Adafactor's statistics for the row sets that train, and updates the rows.
+
+    sharing: the two matrices of sharing_matrices, or None if every row learns from its own
+    gradient alone.
+    """
+
+    def __init__(self, overlay: WakeOverlay, sharing: tuple[Tensor, Tensor] | None = None):
+        self.overlay, self.sharing = overlay, sharing
+        # One set of rows may serve both sides; then its gradient is the sum of the two sides'.
+        self.shared = overlay.output_rows is None and overlay.train_output
+        separate = overlay.output_rows is not None and overlay.train_output
+        num_rows, hidden_size = overlay.grad.shape
+        self.mean_squares = {
+            name: {"row": overlay.grad.new_zeros(num_rows),
+                   "column": overlay.grad.new_zeros(hidden_size)}
+            for name in ("input_rows", "output_rows")[: 1 + separate]
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Return the norm over the gradients of all new rows, (), before rows share gradients.
+
+        If one set of rows serves both sides, this adds the two sides' gradients. So it must be
+        called once a step, before `update`.
+        """
+        overlay = self.overlay
+        if self.shared:
+            # `used` has each index once, so no order of adding can change the bits.
+            overlay.grad.index_add_(0, overlay.used, overlay.input_grad)
+            overlay.input_grad.zero_()
+        parts = [torch.linalg.vector_norm(g) for g in (overlay.grad, overlay.input_grad)]
+        return torch.linalg.vector_norm(torch.stack(parts))
+
+    @torch.no_grad()
+    def update(self, step: int, learning_rate: float, grad_scale: float = 1.0) -> None:
+        """Move every row set that trains and use the gradients up; call gradient_norm first."""
+        overlay = self.overlay
+        if "output_rows" in self.mean_squares:
+            self.update_rows("output_rows", step, learning_rate, grad_scale)
+            overlay.grad.zero_()  # the buffer now takes the input side's gradient
+        if not self.shared:
+            overlay.grad.index_copy_(0, overlay.used, overlay.input_grad)
+        self.update_rows("input_rows", step, learning_rate, grad_scale)
+
+    def update_rows(self, name: str, step: int, learning_rate: float, grad_scale: float) -> None:
+        """Let the rows share the gradient in overlay.grad, then move one row set by it."""
+        rows, grad = getattr(self.overlay, name).data, self.overlay.grad
+        if self.sharing:
+            share_gradient_(grad, *self.sharing)
+        adafactor_update(rows, grad, self.mean_squares[name], step, learning_rate, grad_scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that a save holds, by name: the tensors themselves, not copies."""
+        found = {"input_rows": self.overlay.input_rows.data}
+        if self.overlay.output_rows is not None:
+            found["output_rows"] = self.overlay.output_rows.data
+        for name, mean_squares in self.mean_squares.items():
+            found[f"{name}.row_mean_square"] = mean_squares["row"]
+            found[f"{name}.column_mean_square"] = mean_squares["column"]
+        return found
+
+
+# ---- What the rows share -------------------------------------------------------------------------
+
+# Words are kin if they begin or end with the same 2, 3 or 4 letters, or if their first or last base
+# token is the same. Single letters made the held-out loss worse. Trigrams inside a word and more of
+# its base tokens gained less than 0.1 % (docs/measurements.md).
+KIN_LETTERS = (2, 3, 4)
+# A feature of only two words teaches almost nothing, and most features are of one or two words.
+KIN_MIN_WORDS = 3
+# The sums over features are made for 256 columns of the gradient at once. With their results they
+# take 0.10 GiB for the 18,284 features of 44,223 words; all 5,120 columns would take 1.2 GiB.
+KIN_COLUMNS = 256
+
+
+def shared_features(word: str, ids: list[int]) -> list[str | int]:
+    """List what a word shares with others: "" with all, then beginnings, endings and base tokens.
+
+    "ri " is a beginning and " un" an ending. ids[0] stands for the first base token and ~ids[-1],
+    a negative number, for the last one.
+    """
+    sizes = [size for size in KIN_LETTERS if size <= len(word)]
+    beginnings, endings = [word[:n] + " " for n in sizes], [" " + word[-n:] for n in sizes]
+    return ["", *beginnings, *endings, ids[0], ~ids[-1]]
+
+
+def sharing_matrices(
+    words: list[str], spellings: list[list[int]], row_coupling: float, kin_coupling: float,
+    device: torch.device,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Make Phi^T and Phi D for share_gradient_, or None if no word would share anything.
+
+    D is diagonal and holds the strength of each feature. The matrices follow from the words and the
+    config alone, so a save does not hold them. They take 0.3 s for 44,223 words.
+    Shapes: spellings: the base ids of each word -> (F, N), (N, F) fp32, sparse in rows
+    """
+    numbers, found, lengths = {"": 0}, [], []
+    for word, ids in zip(words, spellings):
+        features = shared_features(word, ids)
+        found += [numbers.setdefault(feature, len(numbers)) for feature in features]
+        lengths.append(len(features))
+    feature = torch.tensor(found)  # (pairs,): every word with each of its features
+    word = torch.arange(len(words)).repeat_interleave(torch.tensor(lengths))  # (pairs,)
+    num_words = torch.bincount(feature)  # (all features,)
+    weight = kin_coupling / num_words.sqrt()
+    weight[num_words < KIN_MIN_WORDS] = 0.0
+    weight[0] = row_coupling / math.sqrt(len(words))  # the feature that all words share
+    kept = weight[feature] > 0
+    if not kept.any():
+        return None
+    word, values = word[kept], weight[feature[kept]]
+    feature = feature[kept].unique(return_inverse=True)[1]  # numbered anew: 0 ... F - 1
+    shape = int(feature.max()) + 1, len(words)  # (F, N)
+    to_features = sparse_rows(feature, word, torch.ones_like(values), shape, device)
+    return to_features, sparse_rows(word, feature, values, shape[::-1], device)
+
+
+def sparse_rows(
+    row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Make a sparse CSR matrix; its indices have 32 bits, so that a GPU reads half the bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 says at each first use that CSR is beta
+        csr = torch.sparse_coo_tensor(torch.stack([row, column]), values, shape).to_sparse_csr()
+        indices = csr.crow_indices().int(), csr.col_indices().int()
+        return torch.sparse_csr_tensor(*indices, csr.values(), shape, device=device)
+
+
+def share_gradient_(grad: Tensor, to_features: Tensor, to_words: Tensor) -> None:
+    """Let every row learn from the gradients of the words that share something with its own word:
+
+        G <- G + (c / sqrt(N)) 1 1^T G + k Phi diag(1 / sqrt(n_f)) Phi^T G
+
+    in place. c is row_coupling and k is kin_coupling. Phi (N, F) is 1 where a word has a feature,
+    and n_f words have feature f. The first sum goes over all N words. From it every row learns how
+    often any new word comes and what a new word does to the next one. The second sum goes over the
+    words that share a feature. From it a row learns, say, what words with its ending have in
+    common. Both sums reach words that the text has once or never.
+
+    Shapes: grad (N, H) fp32; to_features (F, N) and to_words (N, F) of sharing_matrices
+    The bits are the same each time on a CPU. On a GPU cuSPARSE adds up in any order.
+    """
+    for columns in grad.split(KIN_COLUMNS, dim=1):  # (N, columns), a view
+        columns += to_words @ (to_features @ columns)
+
+
+# ---- First values --------------------------------------------------------------------------------
+
+
+def output_mode(output_rows: str, tied: bool) -> str:
+    """Say what the config's output_rows means for a model: shared, separate or frozen."""
+    if output_rows == "auto":
+        return "shared" if tied else "separate"
+    return output_rows
+
+
+def starting_rows(table: Tensor, spellings: list[list[int]], config) -> Tensor:
+    """Make the rows of one side at step 0, as the config's `init` asks.
+
+    Shapes: table (V, H) without padding rows -> (len(spellings), H) fp32 on the table's device
+    """
+    if config.init == "subtoken_mean":
+        return subtoken_mean(table, spellings)
+    # Both sides get the same seed, because they were one table in the original runs.
+    return spherical_rows(table, len(spellings), config.init_radius, config.seed)
 
 
 def subtoken_mean(table: Tensor, spellings: list[list[int]]) -> Tensor:
-    """Mean of the rows of the tokens that spelled each word; one token gives an exact copy.
+    """Take the mean of the rows of the tokens that spelled each word; one token is copied exactly.
 
-    Shapes: table (rows, hidden), any float dtype and device; spellings: one id list a word
-            -> (len(spellings), hidden) fp32 on the table's device
+    Shapes: table (V, H) of any float dtype; spellings: the base ids of each word
+            -> (len(spellings), H) fp32 on the table's device
     Memory: the gathered rows of ROW_BLOCK words in fp32
-    Source: Hewitt, "Initializing new word embeddings", takes the mean of all rows; a mean of the
-            word's own pieces keeps words apart (see README, "What is learnt")
+    Source: Hewitt, "Initializing new word embeddings", takes the mean of all rows. The mean of a
+            word's own pieces keeps words apart (docs/measurements.md).
     """
-    rows = torch.empty(len(spellings), table.shape[1], device=table.device)
-    for start in range(0, len(spellings), ROW_BLOCK):
-        block = spellings[start : start + ROW_BLOCK]
-        lengths = torch.tensor([len(ids) for ids in block], device=table.device)
-        pieces = table[torch.tensor([i for ids in block for i in ids], device=table.device)].float()
-        word = torch.repeat_interleave(torch.arange(len(block), device=table.device), lengths)
-        sums = torch.zeros(len(block), table.shape[1], device=table.device)
+    device = table.device
+    rows = torch.empty(len(spellings), table.shape[1], device=device)  # (N, H)
+    for block in blocks(len(spellings), ROW_BLOCK):
+        words = spellings[block]
+        lengths = torch.tensor([len(ids) for ids in words], device=device)  # (words,)
+        pieces = table[torch.tensor([i for ids in words for i in ids], device=device)].float()
+        # pieces: (pieces, H); word: (pieces,), the word of each piece
+        word = torch.repeat_interleave(torch.arange(len(words), device=device), lengths)
+        sums = torch.zeros(len(words), table.shape[1], device=device)  # (words, H)
         add_rows_(sums, word, pieces)
-        rows[start : start + len(block)] = sums / lengths[:, None]
+        rows[block] = sums / lengths[:, None]
     return rows
 
 
 def spherical_rows(table: Tensor, num_rows: int, radius: float, seed: int) -> Tensor:
-    """Random directions of norm radius x std(table) x sqrt(hidden_size), as the first runs started.
+    """Draw random directions of norm radius x std(table) x sqrt(H), as the original runs did.
 
-    Shapes: table (rows, hidden) -> (num_rows, hidden) fp32 on the table's device. The numbers are
-    drawn on the CPU, so that a seed means the same rows on every machine.
+    Shapes: table (V, H) -> (num_rows, H) fp32 on the table's device. The numbers are drawn on the
+    CPU, so that a seed means the same rows on every machine.
     """
     count, total, squares = table.numel(), 0.0, 0.0
-    for block in table.split(ROW_BLOCK):  # a 152,064 x 5,120 table in fp32 at once would be 2.9 GiB
+    for block in table.split(ROW_BLOCK):  # all of a 152,064 x 5,120 table in fp32 would be 2.9 GiB
         total += block.double().sum().item()
         squares += block.double().square().sum().item()
     std = math.sqrt((squares - total * total / count) / (count - 1))
@@ -100,341 +728,64 @@ def spherical_rows(table: Tensor, num_rows: int, radius: float, seed: int) -> Te
     return rows.to(table.device)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32; of half-precision GPU operands the tensor cores sum and return fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()  # a CPU has no such product; the library's loss rounds so too
+# ---- Models that cannot be served ----------------------------------------------------------------
 
 
-def softmax_minus_target(base: Tensor, new: Tensor, labels: Tensor, first_new_id: int) -> Tensor:
-    """Turn logits into d(loss)/d(logits) in place; rows with a negative label become zero.
-
-    Shapes: base (T, base columns), new (T, new columns) fp32; labels (T,) int64
-            -> losses (T,) fp32
-    """
-    position = torch.arange(len(labels), device=labels.device)
-    in_base, valid = labels < first_new_id, labels >= 0
-    base_label = torch.where(in_base & valid, labels, 0)
-    largest = base.amax(dim=1)
-    target = base[position, base_label]
-    if new.shape[1]:
-        new_label = torch.where(in_base, 0, labels - first_new_id)
-        largest = torch.maximum(largest, new.amax(dim=1))
-        target = torch.where(in_base, target, new[position, new_label])
-    total = base.sub_(largest[:, None]).exp_().sum(dim=1)
-    if new.shape[1]:
-        total += new.sub_(largest[:, None]).exp_().sum(dim=1)
-    losses = torch.where(valid, largest + total.log() - target, 0.0)
-    weight = torch.where(valid, 1.0 / total, 0.0)[:, None]
-    base.mul_(weight)
-    base[position, base_label] -= (in_base & valid).float()
-    if new.shape[1]:
-        new.mul_(weight)
-        new[position, new_label] -= (~in_base).float()
-    return losses
-
-
-def chunked_cross_entropy(
-    hidden_states: Tensor,
-    labels: Tensor,
-    base_rows: Tensor,
-    first_new_id: int,
-    new_rows: Tensor | None = None,
-    new_rows_grad: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy over base + new rows without ever holding all logits. Equals
-
-        logits = cat([hidden @ base_rows[:first_new_id].T, hidden @ new_rows.T], dim=1)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
-
-    With `scale` also the gradient of scale * losses.sum(): returned for hidden_states, and added
-    into new_rows_grad where one is given.
-
-    Shapes: hidden_states (T, H) compute dtype; labels (T,) int64, negative = ignored;
-            base_rows (>= first_new_id, H) compute dtype, frozen; new_rows (N, H) fp32;
-            new_rows_grad (N, H) fp32 -> losses (T,) fp32 nats, gradient (T, H) fp32 or None
-    Memory: fp32 logits of LOSS_CHUNK_POSITIONS positions over the base rows, and of
-            LOSS_GROUP_POSITIONS over the new ones; T = 2,048, H = 5,120, 152k + 44k rows: 0.6 GiB
-    Source: gradients in the forward pass as in Liger-Kernel's fused linear cross entropy; here only
-            the new rows have one, so the base head is read twice and never written.
-    """
-    if len(labels) > LOSS_GROUP_POSITIONS:
-        groups = zip(hidden_states.split(LOSS_GROUP_POSITIONS), labels.split(LOSS_GROUP_POSITIONS))
-        shared = base_rows, first_new_id, new_rows, new_rows_grad, scale, softcap
-        losses, grads = zip(*(chunked_cross_entropy(*group, *shared) for group in groups))
-        return torch.cat(losses), None if scale is None else torch.cat(grads)
-    # 151,665 columns are misaligned for GEMMs
-    base_rows = base_rows[: -(-first_new_id // 64) * 64]
-    if new_rows is None:
-        new_rows = hidden_states.new_empty(0, hidden_states.shape[1], dtype=torch.float32)
-    dtype, device = hidden_states.dtype, labels.device
-    softmax_scale = FLOAT16_SOFTMAX_SCALE if dtype == torch.float16 else 1.0
-    blocks = [slice(start, start + ROW_BLOCK) for start in range(0, len(new_rows), ROW_BLOCK)]
-    new_logits = torch.empty(len(labels), len(new_rows), device=device)
-    for block in blocks:
-        new_logits[:, block] = matmul_fp32(hidden_states, new_rows[block].to(dtype).T)
-    losses = torch.empty(len(labels), device=device)
-    grad_hidden = None if scale is None else torch.empty_like(hidden_states, dtype=torch.float32)
-    for start in range(0, len(labels), LOSS_CHUNK_POSITIONS):
-        chunk = slice(start, start + LOSS_CHUNK_POSITIONS)
-        base, new = matmul_fp32(hidden_states[chunk], base_rows.T), new_logits[chunk]
-        slopes = [soft_cap_(logits, softcap) for logits in (base, new)]  # None without a cap
-        base[:, first_new_id:] = -math.inf  # padding rows of the table are no tokens
-        losses[chunk] = softmax_minus_target(base, new, labels[chunk], first_new_id)
-        if grad_hidden is None:
-            continue
-        if softcap:
-            base.mul_(slopes[0])
-            new.mul_(slopes[1])
-        grad_hidden[chunk] = matmul_fp32(base.mul_(softmax_scale).to(dtype), base_rows)
-    if grad_hidden is not None:
-        for block in blocks:
-            d_logits = new_logits[:, block].mul_(softmax_scale).to(dtype)
-            grad_hidden += matmul_fp32(d_logits, new_rows[block].to(dtype))
-            if new_rows_grad is not None:
-                d_rows = matmul_fp32(d_logits.T, hidden_states)
-                new_rows_grad[block].add_(d_rows, alpha=scale / softmax_scale)
-        grad_hidden *= scale / softmax_scale
-    return losses, grad_hidden
-
-
-def soft_cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """softcap * tanh(logits / softcap) in place, as Gemma 2 does; returns d(capped)/d(logits)."""
-    if not softcap:
-        return None
-    logits.div_(softcap).tanh_()
-    slope = 1.0 - logits.square()
-    logits.mul_(softcap)
-    return slope
-
-
-class OverlayEmbedding(nn.Module):
-    """What stands in the model's place for its input embedding while the overlay is installed."""
-
-    def __init__(self, overlay: "WakeOverlay"):
-        super().__init__()
-        self.rows = overlay.input_rows  # first parameter, so model.device is where the rows are
-        self.overlay = [overlay]  # in a list: its base table is no parameter of this module
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.overlay[0].embed(input_ids)
-
-
-class OverlayHead(nn.Module):
-    """What stands in the model's place for its output head: logits over base + new vocabulary."""
-
-    def __init__(self, overlay: "WakeOverlay"):
-        super().__init__()
-        self.rows = overlay.logit_rows
-        self.overlay = [overlay]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        overlay = self.overlay[0]
-        base = nn.functional.linear(hidden_states, overlay.base_rows[: overlay.first_new_id])
-        # generating: reading fp32 rows beats casting them all
-        if hidden_states.shape[:-1].numel() <= 8:
-            new = nn.functional.linear(hidden_states.float(), self.rows).to(base.dtype)
-        else:
-            new = nn.functional.linear(hidden_states, self.rows.to(hidden_states.dtype))
-        return torch.cat([base, new], dim=-1)
-
-
-class WakeOverlay(nn.Module):
-    """Trainable fp32 rows for ids >= first_new_id beside a frozen model.
-
-    input_rows (N, H) fp32. output_rows (N, H) fp32 with their own values; or None: the head uses
-    input_rows too (tied models). train_output=False leaves the output side at its start.
-    offload_input_table moves an untied base input table to the CPU: it is only looked up, and 2,048
-    rows a step (20 MiB) cross the bus instead of 1.45 GiB sitting on the card.
-
-    Memory: 4 N H bytes a row set; a dense gradient of the same size for a trained output side;
-            input gradients only for rows in use.
-    Raises: OverlayError where the head has a bias or is no plain linear layer, or where the probe
-            in `install` sees logits that differ from the model's own.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        first_new_id: int,
-        input_rows: Tensor,
-        output_rows: Tensor | None = None,
-        train_output: bool = True,
-        offload_input_table: bool = False,
-    ):
-        super().__init__()
-        check_head(model, first_new_id)
-        self.model = [model]  # in a list: the overlay owns its rows, not the model
-        # Past nn.Module's __setattr__: as submodules they would be saved, moved, trained with us.
-        object.__setattr__(self, "embedding", model.get_input_embeddings())
-        object.__setattr__(self, "head", model.get_output_embeddings())
-        object.__setattr__(self, "body", getattr(model, model.base_model_prefix))
-        self.base_rows = dense_weight(self.head)
-        self.replaced = model.config.get_text_config().vocab_size
-        self.first_new_id = first_new_id
-        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.dtype = self.base_rows.dtype
-        device = self.base_rows.device
-        tied = self.embedding.weight.data_ptr() == self.head.weight.data_ptr()
-        if offload_input_table and not tied:
-            self.embedding.to("cpu")
-        self.input_rows = nn.Parameter(input_rows.to(device, torch.float32))
-        self.output_rows = None
-        if output_rows is not None:
-            self.output_rows = nn.Parameter(output_rows.to(device, torch.float32), train_output)
-        self.train_output = train_output
-        self.output_grad = torch.zeros_like(self.logit_rows) if train_output else None
-        self.touched = torch.empty(0, dtype=torch.int64, device=device)
-        self.input_grad = torch.empty(0, self.input_rows.shape[1], device=device)
-
-    @property
-    def logit_rows(self) -> Tensor:
-        """(N, H) the rows that make the new logits."""
-        return self.input_rows if self.output_rows is None else self.output_rows
-
-    @property
-    def vocab_size(self) -> int:
-        return self.first_new_id + len(self.input_rows)
-
-    def base_embed(self, input_ids: Tensor) -> Tensor:
-        """(...,) ids -> (..., H) base rows on the card; new ids get row 0, which embed replaces."""
-        ids = torch.where(input_ids < self.first_new_id, input_ids, 0)
-        embeds = self.embedding(ids.to(self.embedding.weight.device)).detach()
-        if embeds.device != self.base_rows.device and self.base_rows.is_cuda:
-            embeds = embeds.pin_memory()  # so that Python does not wait for the copy
-        return embeds.to(self.base_rows.device, self.dtype, non_blocking=True)
-
-    def embed(self, input_ids: Tensor, base_embeds: Tensor | None = None) -> Tensor:
-        """Look up input_ids; ids >= first_new_id are new rows, scaled as the model scales.
-
-        Shapes: input_ids (batch, seq) int64; base_embeds: what base_embed gave earlier
-                -> (batch, seq, H) compute dtype, differentiable in input_rows
-        """
-        base_embeds = self.base_embed(input_ids) if base_embeds is None else base_embeds
-        input_ids = input_ids.to(base_embeds.device)
-        is_new = input_ids >= self.first_new_id
-        rows = self.input_rows[torch.where(is_new, input_ids - self.first_new_id, 0)].to(self.dtype)
-        return torch.where(is_new[..., None], rows * self.embed_scale(), base_embeds)
-
-    def embed_scale(self) -> Tensor | float:
-        """Gemma multiplies its embeddings by sqrt(hidden_size), rounded to the table's dtype."""
-        scale = getattr(self.embedding, "embed_scale", 1.0)
-        return scale.to(self.base_rows.device, self.dtype) if torch.is_tensor(scale) else scale
-
-    def begin_step(self, input_ids: Tensor) -> None:
-        """Clear the gradients; input_ids: all ids of the step, of every process and micro-batch."""
-        new_ids = input_ids[input_ids >= self.first_new_id].unique()  # sorted
-        self.touched = (new_ids - self.first_new_id).to(self.input_rows.device)
-        self.input_grad = self.input_rows.new_zeros(len(new_ids), self.input_rows.shape[1])
-        if self.output_grad is not None:
-            self.output_grad.zero_()
-
-    def loss(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor,
-        scale: float | None = None,
-        base_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """chunked_cross_entropy over the whole vocabulary, or over the untouched base head alone.
-
-        Shapes: hidden_states (batch, seq, H), labels (batch, seq) -> losses (batch, seq) fp32,
-                gradient (batch, seq, H) fp32 or None; output row gradients are added to output_grad
-        """
-        losses, grad = chunked_cross_entropy(
-            hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device),
-            self.base_rows, len(self.base_rows) if base_only else self.first_new_id,
-            None if base_only else self.logit_rows.detach(), self.output_grad, scale, self.softcap,
-        )  # fmt: skip
-        return losses.view(labels.shape), None if grad is None else grad.view(hidden_states.shape)
-
-    def add_input_gradient(self, input_ids: Tensor, grad: Tensor) -> None:
-        """Add d(loss)/d(embed(input_ids)), (batch, seq, H), to the rows that were looked up."""
-        is_new = input_ids >= self.first_new_id
-        place = torch.searchsorted(self.touched, input_ids[is_new] - self.first_new_id)
-        rows = grad[is_new].float() * self.embed_scale()
-        add_rows_(self.input_grad, place, rows)
-
-    def install(self) -> None:
-        """Put the overlay into the model, and prove on a probe that it computes what that does."""
-        model = self.model[0]
-        model.set_input_embeddings(OverlayEmbedding(self))
-        model.set_output_embeddings(OverlayHead(self))
-        self.set_vocab_size(self.vocab_size)
-        try:
-            self.probe()
-        except OverlayError:
-            self.uninstall()
-            raise
-
-    def uninstall(self) -> None:
-        """Give the model its own embedding and head back."""
-        model = self.model[0]
-        model.set_input_embeddings(self.embedding)
-        model.set_output_embeddings(self.head)
-        self.set_vocab_size(self.replaced)
-
-    def set_vocab_size(self, size: int) -> None:
-        """The library's loss reads it from the config; Gemma's from the model."""
-        model = self.model[0]
-        model.config.get_text_config().vocab_size = size
-        if "vocab_size" in model.__dict__:
-            model.vocab_size = size
-
-    @torch.no_grad()
-    def probe(self) -> None:
-        """Compare the model's own logits on base ids with those that training would compute."""
-        model = self.model[0]
-        ids = torch.linspace(0, self.first_new_id - 1, 8, device=self.base_rows.device).long()[None]
-        own = model(input_ids=ids, use_cache=False).logits[..., : self.first_new_id].float()
-        hidden = self.body(inputs_embeds=self.embed(ids), use_cache=False).last_hidden_state
-        ours = matmul_fp32(hidden[0], self.base_rows[: self.first_new_id].T)
-        soft_cap_(ours, self.softcap)
-        if not own.isfinite().all():
-            raise OverlayError(
-                f"{type(model).__name__} gives logits that are not finite in {self.dtype}; use"
-                " compute_dtype bfloat16, or float32 on a card without it"
-            )
-        difference = (own[0] - ours).abs().max().item() / max(own.abs().max().item(), 1e-30)
-        if not difference <= (1e-4 if self.dtype == torch.float32 else 2e-2):
-            raise OverlayError(
-                f"{type(model).__name__} computes logits from its hidden states in a way the"
-                f" overlay does not know (relative difference {difference:.2g} on a probe); it"
-                " cannot be trained exactly"
-            )
-
-
-def check_head(model: nn.Module, first_new_id: int = 0) -> None:
-    """Raise OverlayError, in one line, for a head or embedding that the overlay cannot serve."""
+def check_model(model: nn.Module, first_new_id: int = 0) -> None:
+    """Raise a UserError of one line if the model's head or embedding cannot be served exactly."""
     name, head = type(model).__name__, model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     wanted = "the overlay serves causal language models with one embedding and one linear head"
     if head is None or embedding is None or getattr(model.config, "is_encoder_decoder", False):
-        raise OverlayError(f"{name} has no input embedding and output head of one text; {wanted}")
+        raise UserError(f"{name} has no input embedding and output head of one text; {wanted}")
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         kind = type(head).__name__
-        raise OverlayError(f"{name} has a {kind} head with a bias or no weight; {wanted}")
+        raise UserError(f"{name} has a {kind} head with a bias or no weight; {wanted}")
     quantized = getattr(head.weight, "quant_state", None) is not None
     if type(head).forward is not nn.Linear.forward and not quantized:
-        raise OverlayError(f"{name} has a {type(head).__name__} as output head; {wanted}")
-    # A subclass may scale its rows (Gemma's embed_scale, which `embed` knows), and do nothing else.
+        raise UserError(f"{name} has a {type(head).__name__} as output head; {wanted}")
+    # A subclass may scale its rows (`embed` knows Gemma's embed_scale) and do nothing else.
     plain = getattr(type(embedding), "forward", None) is nn.Embedding.forward
     known = isinstance(embedding, nn.Embedding) and (plain or hasattr(embedding, "embed_scale"))
     if not known or embedding.max_norm is not None:
-        raise OverlayError(f"{name} has a {type(embedding).__name__} as input embedding; {wanted}")
+        raise UserError(f"{name} has a {type(embedding).__name__} as input embedding; {wanted}")
     if not hasattr(getattr(model, model.base_model_prefix, None), "layers"):
-        raise OverlayError(
+        raise UserError(
             f"{name} has no such layers; the overlay serves models with their decoder layers in"
             " model.base_model.layers"
         )
     if first_new_id > len(embedding.weight):
-        raise OverlayError(
+        raise UserError(
             f"{name} has tables of {len(embedding.weight)} rows, but its tokenizer has"
             f" {first_new_id} tokens; the overlay serves models whose tables hold every token of"
             " their own tokenizer"
+        )
+
+
+@torch.no_grad()
+def probe(overlay: WakeOverlay) -> None:
+    """Compare the model's own logits with those that training will compute, on eight base tokens.
+
+    Raises: UserError if they differ, because the model then does more with its hidden states than
+            this file knows; UserError if the model's own logits are not finite
+    """
+    model, dtype = overlay.model, overlay.dtype
+    last = overlay.first_new_id - 1
+    ids = torch.linspace(0, last, 8, device=overlay.base_rows.device).long()[None]  # (1, 8)
+    own = model(input_ids=ids, use_cache=False).logits[0, :, : overlay.first_new_id].float()
+    # own: (8, V); hidden: (1, 8, H)
+    hidden = overlay.body(inputs_embeds=overlay.embed(ids), use_cache=False).last_hidden_state
+    ours = matmul_fp32(hidden[0], overlay.base_rows[: overlay.first_new_id].T)  # (8, V)
+    soft_cap_(ours, overlay.softcap)
+    if not own.isfinite().all():
+        raise UserError(
+            f"{type(model).__name__} gives logits that are not finite in {dtype}; use"
+            " compute_dtype bfloat16, or float32 on a card without it"
+        )
+    difference = (own - ours).abs().max().item() / max(own.abs().max().item(), 1e-30)
+    if not difference <= (1e-4 if dtype == torch.float32 else 2e-2):
+        raise UserError(
+            f"{type(model).__name__} computes logits from its hidden states in a way the overlay"
+            f" does not know (relative difference {difference:.2g} on a probe); it cannot be"
+            " trained exactly"
         )

@@ -1,20 +1,26 @@
-"""Find, verify, list, export, look at and import what a run saved.
+"""Write, verify, list, export, try out and import what a run saved, and look at its words.
 
     python recover.py RUN_DIR                              what is there, what train.py goes on from
     python recover.py export RUN_DIR OUT --format merged   an ordinary model folder; or peft, rows
+    python recover.py generate RUN_DIR ["prompt"]          what the trained model writes
     python recover.py neighbours RUN_DIR [word ...]        what is near a word, before and after
     python recover.py import SEED_FILE.pt RUN_DIR          a sentry of the original notebooks
 
-A sentry is a folder step_000020/ with rows.safetensors (fp32 rows and optimizer statistics),
-words.txt, metrics.jsonl, samples.md and state.json, which is written last and holds size and
-SHA-256 of the others: without a state.json that agrees, a folder is no sentry. Only `import` reads
-a pickle, and of that tensors and numbers alone. Where only sentry_dir survived, give it as RUN_DIR.
+A sentry is one saved step: a folder step_000020/ with rows.safetensors (fp32 rows and optimizer
+statistics), words.txt, metrics.jsonl, samples.md and state.json. state.json is the marker. It is
+written last and holds size and SHA-256 of the other files. A folder is a sentry only if its files
+agree with its marker. Only `import` reads a pickle, and it takes tensors and numbers alone from
+it. If nothing but the sentry_dir of a run survived, give that folder as RUN_DIR.
+
+export, generate and neighbours take the newest whole sentry, or that of --step. In a notebook,
+generate("RUN_DIR", "prompt") returns the text; if there is no prompt, it asks for one after
+another.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -26,35 +32,45 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures.thread import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 
-import numpy
+import torch
 import yaml
-from safetensors.numpy import load_file as read_tensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
-COPY_CHUNK_BYTES = 16 * 2**20
-ROWS_AT_ONCE = 4096  # 80 MiB in fp32 at a hidden size of 5,120
+if "check_environment" not in globals():
+    from env_shim import apply, check_environment
+if "UserError" not in globals():
+    from config import (
+        KEYS, Config, UserError, one_line, read_json, replacing, run_command, sync, write_json,
+    )  # fmt: skip
+if "new_words_hash" not in globals():
+    from extend_tokenizer import SPACE, NewWords, base_tokenizer, new_words_hash
+if "WakeOverlay" not in globals():
+    from overlay import (
+        FLOAT16_LOSS_SCALE, ROW_BLOCK, WakeOverlay, is_tied, output_mode, starting_rows,
+    )  # fmt: skip
+if "Worker" not in globals():
+    from machine import find_worker, free_cached_memory, load_model
+
 MARKER = "state.json"
-NOT_KNOWN = "not known"  # what an import cannot say in its state; agrees with anything
-PATIENCE_SECONDS = 60.0  # a copy of 1.7 GiB to a mounted Drive takes about that
-FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # a BF16 is the upper half of an F32
+NOT_KNOWN = "not known"  # stands in an imported state for a fact that no check can compare
+SLOW_COPY_NOTICE_SECONDS = 60.0  # copying 1.7 GiB to a mounted Drive takes about a minute
+READ_BYTES = 16 * 2**20
+VALUES_AT_ONCE = 20 * 2**20  # 80 MiB of fp32
 
-
-class SentryError(ValueError):
-    """A save that cannot be used, or none where one is needed; one line for each problem."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+# ---- Write ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Sentry:
-    """A saved step: its folder, its step and its state.json."""
+    """This is one saved step: its folder, its number and the content of its state.json."""
 
     path: Path
     step: int
@@ -62,165 +78,66 @@ class Sentry:
 
 
 def fault_point(name: str, step: int) -> None:
-    """Test hook: die here by SIGKILL where WAKE2VEC_FAULT is `name@step` (tests/torture.py)."""
+    """Die by SIGKILL if WAKE2VEC_FAULT is `name@step`; the tests kill and disturb saves here."""
     if os.environ.get("WAKE2VEC_FAULT") == f"{name}@{step}":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sync(path: Path) -> None:
-    """Have the operating system put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Network file systems that cannot sync a folder say so; there the files' own sync must do.
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def copy_bytes(reader, writer, count: int) -> None:
-    """Copy count bytes between open files, a chunk at a time."""
-    while count and (chunk := reader.read(min(count, COPY_CHUNK_BYTES))):
-        writer.write(chunk)
-        count -= len(chunk)
-
-
 def file_record(path: Path) -> dict:
-    """{'size': bytes, 'sha256': hex} of a file, read in chunks; the hash releases Python's lock."""
+    """Read a file and return {"size": bytes, "sha256": hex}."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(COPY_CHUNK_BYTES):
+        while chunk := file.read(READ_BYTES):
             digest.update(chunk)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. The library orders the tensors by dtype and name.
 
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file; offset and size in bytes."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-    def first_rows(self, num_rows: int) -> "StoredTensor":
-        shape, size = (num_rows, *self.shape[1:]), self.size // self.shape[0] * num_rows
-        return dataclasses.replace(self, shape=shape, size=size)
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file in the order of their bytes. Raises: SentryError."""
-    found = {}
+    Memory: nothing beside the tensors. safetensors 0.8.0 stops another thread for 0.005 s while it
+            writes 1.7 GiB; 0.7.0 held Python's lock to the end and made a whole copy
+    Raises: OSError if the disk is full
+    """
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            place = 8 + length + begin, end - begin
-            found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), *place)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SentryError(f"{path}: not a safetensors file") from None
-    return dict(sorted(found.items(), key=lambda item: item[1].offset))
-
-
-def row_blocks(tensor: StoredTensor) -> Iterator[numpy.ndarray]:
-    """The rows of a tensor in fp32, ROWS_AT_ONCE each."""
-    num_rows, width = tensor.shape[0], math.prod(tensor.shape[1:])
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, num_rows - start)
-        offset = tensor.offset + start * (tensor.size // num_rows)
-        block = numpy.fromfile(tensor.path, FLOAT_TYPES[tensor.dtype], count * width, offset=offset)
-        if tensor.dtype == "BF16":
-            block = (block.astype("<u4") << 16).view("<f4")
-        yield block.astype("<f4", copy=False).reshape(count, width)
-
-
-def as_stored(rows: numpy.ndarray, dtype: str) -> bytes:
-    """Finite fp32 rows in a table's dtype, rounded to nearest even as torch does."""
-    if dtype == "BF16":
-        bits = numpy.ascontiguousarray(rows).view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    return rows.astype(FLOAT_TYPES[dtype]).tobytes()
-
-
-def tensor_header(entries: dict[str, tuple[str, list[int], int]]) -> bytes:
-    """The beginning of a safetensors file of the tensors name -> (dtype, shape, bytes)."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, shape, size) in entries.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_tensors(path: Path, tensors: dict) -> None:
-    """Write numpy arrays in the safetensors format, without the whole-file copy in memory that the
-    library's own writer makes, and without holding Python's lock while training goes on."""
-    names = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
-    entries = {n: (names[str(a.dtype)], a.shape, a.nbytes) for n, a in tensors.items()}
-    with open(path, "wb") as file:
-        file.write(tensor_header(entries))
-        for array in tensors.values():
-            file.write(numpy.ascontiguousarray(array))
-
-
-# ---- Sentries ------------------------------------------------------------------------------------
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library wraps the system's error into its own
+        raise OSError(one_line(error)) from None
+    path.chmod(mode)  # safetensors 0.8.0 leaves a file that nobody but its owner can read
 
 
 @contextlib.contextmanager
 def new_sentry(target: Path, state: dict) -> Iterator[Path]:
-    """A folder to fill; then it is renamed to target and gets its marker last, each step synced.
+    """Yield a folder to fill, then give it the name `target`, and last write its marker.
 
-    A target that is there can only be damaged, or what a kill left, so it goes first. What fails
-    gives a full disk its space back.
+    Each of the three is on the disk before the next one begins. If `target` is there already, it is
+    a damaged sentry or was left by a kill, and it is replaced.
     """
-    part, step = target.with_name(f".{target.name}.part"), state["step"]
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        yield part
-        for path in (*part.iterdir(), part):
-            sync(path)
-        fault_point("before_rename", step)
-        if target.exists():
-            (target / MARKER).unlink(missing_ok=True)  # from here on it is no sentry
-            shutil.rmtree(target)
-        part.rename(target)
-        fault_point("before_marker", step)
-        marker = target / (MARKER + ".part")
-        write_json(marker, state)
-        sync(marker)
-        marker.rename(target / MARKER)
-        sync(target)
-        sync(target.parent)
-        fault_point("after_marker", step)
-    except (OSError, SentryError):
-        for folder in (part, target):
-            if not (folder / MARKER).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        with replacing(target) as part:
+            part.mkdir(parents=True)
+            yield part
+            fault_point("before_rename", state["step"])
+        fault_point("before_marker", state["step"])
+        write_json(target / MARKER, state)
+    except OSError:
+        if not (target / MARKER).exists():  # give a full disk its space back
+            shutil.rmtree(target, ignore_errors=True)
         raise
+    fault_point("after_marker", state["step"])
 
 
 def write_sentry(folder: Path, tensors: dict, texts: dict[str, str], state: dict) -> Path:
-    """Write folder/step_NNNNNN/: name -> numpy array, file name -> text; state gets 'files'.
-    Raises: OSError (disk full, read-only); the sentries before it are untouched."""
-    target = folder / f"step_{state['step']:06d}"
+    """Write the sentry of state["step"] and return its folder, folder/step_NNNNNN.
+
+    texts: file name -> content
+    Raises: OSError (disk full, read-only); the sentries before it are untouched
+    """
+    state, target = dict(state), folder / f"step_{state['step']:06d}"
     with new_sentry(target, state) as part:
-        write_tensors(part / "rows.safetensors", tensors)
+        save_tensors(tensors, part / "rows.safetensors")
         fault_point("rows_written", state["step"])
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
@@ -228,33 +145,88 @@ def write_sentry(folder: Path, tensors: dict, texts: dict[str, str], state: dict
     return target
 
 
-def copy_sentry(source: Path, folder: Path) -> Path:
-    """Copy a sentry, each file read back and compared; one that is there and whole stays as it is.
-    Raises: OSError where that folder fails; SentryError where it hands back other bytes."""
-    state, target = read_json(source / MARKER), folder / source.name
-    with contextlib.suppress(SentryError):
-        return check_sentry(target, state).path
-    with new_sentry(target, state) as part:
-        for name, record in state["files"].items():
-            with open(source / name, "rb") as reader, open(part / name, "wb") as writer:
-                copy_bytes(reader, writer, record["size"])
-            sync(part / name)
-            fault_point("copied", state["step"])
-            if file_record(part / name) != record:
-                raise SentryError(f"{part / name}: read back other bytes than were written")
-        fault_point("verified", state["step"])
-    return target
+# ---- Verify --------------------------------------------------------------------------------------
+
+
+def read_marker(path: Path) -> tuple[dict, dict[str, tuple]]:
+    """Read a sentry's state and its files: name -> (size, SHA-256). Raises: UserError."""
+    try:
+        state = read_json(path / MARKER)
+        step = int(state["step"])
+        files = {name: (file["size"], file["sha256"]) for name, file in state["files"].items()}
+        files["rows.safetensors"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no {MARKER}; the save was cut off before its end") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: {MARKER} is damaged") from None
+    if path.name != f"step_{step:06d}":
+        raise UserError(f"{path}: {MARKER} is of step {step}")
+    return state, files
+
+
+def check_files(path: Path, expected: dict) -> Sentry:
+    """Read a sentry; prove that its state has the `expected` values and its files are unchanged.
+
+    Raises: UserError with the reason in words; OSError if the folder does not answer
+    """
+    state, files = read_marker(path)
+    for name, wanted in expected.items():
+        if state.get(name) not in (wanted, NOT_KNOWN):
+            key = name.replace("words_sha256", "lexicon's words").replace("_sha256", "")
+            raise UserError(f"{path}: other {key} ({state.get(name)!r} instead of {wanted!r})")
+    for name, (size, sha256) in files.items():
+        if not (path / name).is_file():
+            raise UserError(f"{path}: {name} is missing")
+        if (found := (path / name).stat().st_size) != size:  # seen without reading the file
+            raise UserError(f"{path}: {name} is {found:,} bytes instead of {size:,}")
+        if file_record(path / name)["sha256"] != sha256:
+            raise UserError(f"{path}: {name} does not have the SHA-256 that {MARKER} says")
+    return Sentry(path, int(state["step"]), state)
+
+
+def check_sentry(path: Path, expected: dict) -> Sentry:
+    """Read a sentry and prove it whole: `check_files`, and every number is finite.
+
+    Memory: 200 MiB; the file is mapped and not loaded
+    Raises: UserError with the reason in words
+    """
+    try:
+        sentry = check_files(path, expected)
+        with open_tensors(path / "rows.safetensors") as stored:
+            for name in stored.keys():
+                blocks = stored.get_tensor(name).flatten().split(VALUES_AT_ONCE)
+                if not all(block.isfinite().all() for block in blocks):
+                    raise UserError(f"{path}: {name} holds NaN or infinity")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return sentry
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file; a tensor is mapped when it is asked for. Raises: UserError."""
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:  # a sentry's files were looked for before
+        raise UserError(f"{path}: missing; --base names another model folder") from None
+    except SafetensorError:
+        raise UserError(f"{path}: not a safetensors file") from None
+
+
+# ---- Pick ----------------------------------------------------------------------------------------
 
 
 def sentry_folders(*folders: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything named like a sentry, newest first, whole or not; of the same step,
-    those of the first folder come first. Raises: SentryError where a folder does not answer."""
+    """List (step, path) of everything named like a sentry, whole or not, the newest first.
+
+    Of the same step, the one in the first folder comes first.
+    Raises: UserError if a folder does not answer
+    """
     found = []
     for folder in folders:
         try:
             paths = list(folder.iterdir()) if folder.is_dir() else []
         except OSError as error:  # a mount that went away
-            raise SentryError(f"{folder}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
         for path in paths:
             match = re.fullmatch(r"step_(\d{6,})", path.name)
             if match and path.is_dir():
@@ -262,247 +234,282 @@ def sentry_folders(*folders: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda entry: -entry[0])
 
 
-def prune(folder: Path, keep: int, spare: tuple[Path | None, ...] = ()) -> None:
-    """Delete all but the newest `keep` committed sentries and those in `spare`; called only after
-    a newer one is whole. Without a marker, or .part, they are leavings of a kill and go too."""
-    committed = [path for _, path in sentry_folders(folder) if (path / MARKER).exists()]
-    for step, path in sentry_folders(folder):
-        if path not in committed[:keep] and path not in spare:
-            (path / MARKER).unlink(missing_ok=True)
-            fault_point("pruning", step)
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".step_*.part"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def check_sentry(path: Path, expected: dict) -> Sentry:
-    """Read a sentry and prove it whole: marker, `expected` state values, sizes, hashes, finite.
-
-    Memory: ROWS_AT_ONCE rows in fp32. Raises: SentryError with the reason, in words for a person.
-    """
-    try:
-        state = read_json(path / MARKER)
-        files, step = state["files"], int(state["step"])
-        records = {name: (record["size"], record["sha256"]) for name, record in files.items()}
-        records["rows.safetensors"]
-    except FileNotFoundError:
-        raise SentryError(f"{path}: no {MARKER}; the save was cut off before its end") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise SentryError(f"{path}: {MARKER} is damaged") from None
-    if path.name != f"step_{step:06d}":
-        raise SentryError(f"{path}: {MARKER} is of step {step}")
-    for name, wanted in expected.items():
-        if state.get(name) not in (wanted, NOT_KNOWN):
-            key = name.replace("words_sha256", "lexicon's words").replace("_sha256", "")
-            raise SentryError(f"{path}: other {key} ({state.get(name)!r} instead of {wanted!r})")
-    try:
-        for name, (size, sha256) in records.items():
-            if not (path / name).is_file():
-                raise SentryError(f"{path}: {name} is missing")
-            if (found := (path / name).stat().st_size) != size:  # told without reading it
-                raise SentryError(f"{path}: {name} is {found:,} bytes instead of {size:,}")
-            if file_record(path / name)["sha256"] != sha256:
-                raise SentryError(f"{path}: {name} does not have the SHA-256 that {MARKER} says")
-        for name, tensor in stored_tensors(path / "rows.safetensors").items():
-            blocks = row_blocks(tensor) if tensor.dtype in FLOAT_TYPES else ()
-            if not all(numpy.isfinite(rows).all() for rows in blocks):
-                raise SentryError(f"{path}: {name} holds NaN or infinity")
-    except OSError as error:
-        raise SentryError(f"{path}: cannot be read: {error.strerror}") from None
-    return Sentry(path, step, state)
+def committed_sentries(folder: Path) -> list[tuple[int, Path]]:
+    """List (step, path) of the sentries with a marker, the newest first."""
+    return [(step, path) for step, path in sentry_folders(folder) if (path / MARKER).exists()]
 
 
 def pick_sentry(
     folders: list[Path], expected: dict, step: int | None = None
 ) -> tuple[Sentry | None, list[str]]:
-    """The newest whole sentry across folders, by integer step, and why newer ones were passed over;
-    None only where nothing is named like a sentry. `step` asks for that one alone.
+    """Find the newest whole sentry of all folders, and say why newer ones were passed over.
 
-    Raises: SentryError where there are saves but none can be continued, or where `step` is missing.
+    The sentry is None only if nothing is named like one. If `step` is given, only that step counts.
+    Raises: UserError if there are saves and none can be continued, or if `step` is missing
     """
     skipped = []
     for number, path in sentry_folders(*folders):
         if step in (None, number):
             try:
                 return check_sentry(path, expected), skipped
-            except SentryError as error:
+            except UserError as error:
                 skipped += error.problems
     if step is not None:
         places = ", ".join(map(str, folders))
-        raise SentryError(*skipped, f"no whole sentry of step {step} in {places}")
+        raise UserError(*skipped, f"no whole sentry of step {step} in {places}")
     if skipped:
         advice = "nothing here can be continued: put back what differs, give another run_dir, or"
         advice += " start over with --fresh, which keeps this aside"
-        raise SentryError(*skipped, advice)
+        raise UserError(*skipped, advice)
     return None, []
 
 
 def set_aside(folders: list[Path], chosen: Sentry) -> None:
-    """Rename what is newer than the sentry that a run continues from: it is never counted again."""
-    for step, path in sentry_folders(*folders):
-        if step > chosen.step:
-            names = (path.with_name(f"{path.name}.aside-{n}") for n in itertools.count(1))
-            try:
-                path.rename(next(name for name in names if not name.exists()))
-            except OSError as error:
-                raise SentryError(f"{path}: cannot be put aside: {error.strerror}") from None
+    """Rename every save that comes before the one that a run continues from: newer ones, and
+    damaged ones of the same step. So none of them counts, or is copied, ever again."""
+    for _, path in sentry_folders(*folders):
+        if path == chosen.path:
+            return
+        names = (path.with_name(f"{path.name}.aside-{n}") for n in itertools.count(1))
+        try:
+            path.rename(next(name for name in names if not name.exists()))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be put aside: {error.strerror}") from None
+
+
+def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
+    """Delete all sentries but the newest `keep` and `spare`, and what kills left.
+
+    Call it only after the newest sentry was proved whole.
+    """
+    kept = [path for _, path in committed_sentries(folder)[:keep]]
+    for step, path in sentry_folders(folder):
+        if path not in (*kept, spare):
+            (path / MARKER).unlink(missing_ok=True)  # from here on it is no sentry
+            fault_point("pruning", step)
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step_*"):  # the two names that `replacing` uses
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- Copy ----------------------------------------------------------------------------------------
+
+
+def copy_sentry(source: Path, folder: Path) -> Path:
+    """Copy a sentry into `folder` and read each file back; a whole copy already there stays.
+
+    Raises: OSError if `folder` fails; UserError if `folder` hands back other bytes
+    """
+    state, target = read_json(source / MARKER), folder / source.name
+    # Not check_sentry: it maps the file, and a mount that goes away under a mapped file ends the
+    # process by SIGBUS, the training included.
+    with contextlib.suppress(UserError, OSError):
+        return check_files(target, state).path
+    with new_sentry(target, state) as part:
+        for name, record in state["files"].items():
+            shutil.copyfile(source / name, part / name)
+            sync(part / name)
+            fault_point("copied", state["step"])
+            if file_record(part / name) != record:
+                raise UserError(f"{part / name}: read back other bytes than were written")
+        fault_point("verified", state["step"])
+    return target
 
 
 class SentryWriter:
-    """Saves while training goes on: one thread writes to the local disk, another copies to the
-    durable folder. A failure of the local disk reaches the training loop at its next `check`. A
-    durable folder that hangs, fills or goes away costs one warning; once it is back, copying goes
-    on with the newest save."""
+    """This writes and copies saves while training goes on.
 
-    def __init__(self, local: Path, durable: Path, keep: int, say=print):
+    One thread writes a save to the local disk; if that fails, training hears of it at its next
+    `check`. Another thread copies the newest local sentry from first_step on, even one from before
+    this start. An older local one may be damaged, and must not replace a good copy of it. If the
+    durable folder hangs, fills or goes away, there is one warning, and the newest sentry is copied
+    later. If both folders are the same, nothing is copied.
+    """
+
+    def __init__(
+        self, local: Path, durable: Path, keep: int, say: Callable = print, first_step: int = 0
+    ):
         self.local, self.durable, self.keep, self.say = local, durable, keep, say
+        self.first_step = first_step  # local sentries from here on are known to be whole
         self.writing: Future | None = None
+        self.lock = threading.Lock()  # over `copying`, `in_copy`, and what is deleted locally
         self.copying: threading.Thread | None = None
-        self.guard = threading.Lock()  # over `waiting`, `in_copy`, and whether `copying` goes on
-        self.waiting: Path | None = None  # the newest local sentry that is not copied yet
         self.in_copy: Path | None = None
         self.copy_began = 0.0
+        self.durable_step: int | None = None  # the newest step copied to `durable` or found there
         self.warned = False
-        self.newest_step = 0
-        self.durable_step: int | None = None  # newest step known to be whole in the durable folder
+        self.start_copying()
 
-    def save(self, tensors: dict, texts: dict[str, str], state: dict, durable: bool) -> None:
-        """Begin a save; waits only for the local write before it. The tensors must not change until
-        `finish_local` was called, here or by the caller."""
+    def save(self, tensors: dict[str, Tensor], texts: dict[str, str], state: dict) -> None:
+        """Begin a save; waits only for the local write of the one before.
+
+        The tensors must not change until the next `finish_local` returns.
+        """
         self.finish_local()
         pool = ThreadPoolExecutor(1)
-        self.writing = pool.submit(self.write, tensors, texts, state, durable)
+        self.writing = pool.submit(self.write, tensors, texts, state)
         pool.shutdown(wait=False)  # its thread ends with this save
 
-    def write(self, tensors: dict, texts: dict[str, str], state: dict, durable: bool) -> None:
+    def write(self, tensors: dict[str, Tensor], texts: dict[str, str], state: dict) -> None:
         try:
-            path = write_sentry(self.local, tensors, texts, state)
-            with self.guard:
-                spare = self.waiting, self.in_copy
-            prune(self.local, self.keep, spare)
+            write_sentry(self.local, tensors, texts, state)
+            self.prune_local()
         except OSError as error:
-            raise SentryError(
+            raise UserError(
                 f"{self.local}: step {state['step']} could not be saved: {error}; the sentry before"
                 " it is intact: make room, then run the same command again"
             ) from error
-        if durable:
-            self.hand_over(path, state["step"])
+        self.start_copying()
 
-    def hand_over(self, path: Path, step: int) -> None:
-        """Leave the newest sentry for the copying thread, and say once if that thread is stuck."""
+    def prune_local(self) -> None:
+        with self.lock:
+            prune(self.local, self.keep, spare=self.in_copy)
+
+    def newest_local(self) -> tuple[int | None, Path | None]:
+        step, path = next(iter(committed_sentries(self.local)), (-1, None))
+        return (step, path) if step >= self.first_step else (None, None)
+
+    def start_copying(self) -> None:
+        """Have a thread copy what is not copied; warn once if the copy before is stuck."""
         if self.durable == self.local:
             return
-        with self.guard:
-            self.waiting, self.newest_step = path, step
+        with self.lock:
             if self.copying is None or not self.copying.is_alive():
                 self.copying = threading.Thread(target=self.copy, daemon=True)
                 self.copy_began = time.monotonic()
                 self.copying.start()
-        waited = time.monotonic() - self.copy_began
-        if waited > PATIENCE_SECONDS:
+        if (waited := time.monotonic() - self.copy_began) > SLOW_COPY_NOTICE_SECONDS:
             self.warn(f"has not taken a copy for {waited:.0f} s")
 
-    def warn(self, what: str) -> None:
-        if not self.warned:
-            since = "all steps" if self.durable_step is None else f"steps after {self.durable_step}"
-            self.say(
-                f"warning: {self.durable} {what}; {since} up to {self.newest_step} are on the local"
-                " disk only. Training goes on, and copying when the folder answers again."
-            )
-        self.warned = True
-
     def copy(self) -> None:
+        """Copy the newest local sentry, until there is none newer than the last one tried."""
+        tried = None
         while True:
-            with self.guard:
-                self.in_copy, self.waiting = self.waiting, None
-                if (path := self.in_copy) is None:
+            with self.lock:
+                step, path = self.newest_local()
+                self.in_copy = path if path != tried else None
+                if self.in_copy is None:
                     self.copying = None
                     return
-            self.copy_began = time.monotonic()
+            tried, self.copy_began = path, time.monotonic()
             try:
                 copy_sentry(path, self.durable)
                 prune(self.durable, self.keep)
             except (OSError, ValueError) as error:
                 self.warn(f"refuses: {error}")
                 continue
-            self.durable_step = step = int(path.name.removeprefix("step_"))
+            self.durable_step = step
             if self.warned:
                 self.say(f"{self.durable} answers again; step {step} is there, verified")
             self.warned = False
 
+    def warn(self, what: str) -> None:
+        if not self.warned:
+            since = "all steps" if self.durable_step is None else f"steps after {self.durable_step}"
+            step, _ = self.newest_local()
+            self.say(
+                f"warning: {self.durable} {what}; {since} up to {step} are on the local disk only."
+                " Training goes on, and copying when the folder answers again."
+            )
+        self.warned = True
+
     def check(self) -> None:
-        """Raise what went wrong on the local disk, once, in the training thread."""
+        """Raise, in the training thread and once, what went wrong on the local disk."""
         if self.writing and self.writing.done():
             self.finish_local()
 
     def finish_local(self) -> None:
+        """Wait for the local write. Raises: UserError if it failed."""
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
 
     def finish(self, timeout_seconds: float = 60.0) -> None:
-        """Wait for the local write, and a while for the durable copy; say what is not there."""
+        """Wait for the local write and a while for the copy; say what was not copied."""
         self.finish_local()
         if copying := self.copying:
             copying.join(timeout_seconds)
-        with self.guard:
-            spare = self.waiting, self.in_copy
-        with contextlib.suppress(OSError, SentryError):  # too many saves are no loss
-            prune(self.local, self.keep, spare)  # of those that a copy held back until now
-        if self.newest_step and self.durable_step != self.newest_step:
+        # A copy in progress kept its sentry from being deleted. One save too many is no loss.
+        with contextlib.suppress(OSError, UserError):
+            self.prune_local()
+        step, _ = self.newest_local()
+        if self.durable != self.local and step not in (None, self.durable_step):
             held = "nothing" if self.durable_step is None else f"step {self.durable_step}"
             self.say(
-                f"warning: {self.durable} holds {held}; step {self.newest_step} is in {self.local}"
-                " alone: copy it by hand before this machine goes away"
+                f"warning: {self.durable} holds {held}; step {step} is in {self.local} alone:"
+                " copy it by hand before this machine goes away"
             )
 
 
-# ---- The run folder and its base model -----------------------------------------------------------
+# ---- List ----------------------------------------------------------------------------------------
 
 
 def run_settings(run_dir: Path) -> dict:
-    """RUN_DIR/config.yaml as train.py wrote it; {} where only sentries survived."""
+    """Read RUN_DIR/config.yaml; {} if only sentries survived."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return {}
     try:
         settings = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError:  # of bytes that are not UTF-8 too
+    except yaml.YAMLError:  # bytes that are not UTF-8 raise it too
         settings = None
     if not isinstance(settings, dict):
-        raise SentryError(f"{path}: not readable; delete it, train.py writes it again")
+        raise UserError(f"{path}: not readable; delete it, train.py writes it again")
     return settings
 
 
-def saves_of(run_dir: Path) -> tuple[list[Path], dict]:
-    """(folders that may hold sentries of this run, the state values that those must have)."""
+def read_tokenizer_file(run_dir: Path, name: str, read: Callable):
+    """Read a file of RUN_DIR/tokenizer. Raises: UserError with the command that makes it again."""
+    folder = run_dir / "tokenizer"
+    try:
+        return read(str(folder / name))
+    except Exception:  # the tokenizers package raises nothing narrower
+        what = "damaged" if (folder / name).is_file() else "missing"
+        raise UserError(
+            f"{folder}: {name} is {what}; python extend_tokenizer.py CONFIG run_dir={run_dir} makes"
+            " it again"
+        ) from None
+
+
+def sentry_folders_and_identity(run_dir: Path) -> tuple[list[Path], dict]:
+    """List the folders that may hold a run's sentries, and what their states must say."""
     if not run_dir.is_dir():
-        raise SentryError(f"{run_dir}: no such folder; give the run_dir or the sentry_dir of a run")
-    settings, report = run_settings(run_dir), run_dir / "tokenizer" / "report.json"
-    expected = {n: settings[n] for n in ("model_name", "model_revision") if n in settings}
-    if report.is_file():
-        expected["words_sha256"] = tokenizer_file(report.parent, "report.json")["new_words_sha256"]
+        raise UserError(f"{run_dir}: no such folder; give the run_dir or the sentry_dir of a run")
+    folder = run_dir.resolve()
+    if save := re.fullmatch(r"step_(\d{6,})", folder.name):
+        parents = folder.parents  # the second one is the run, or the first one is its sentry_dir
+        wanted = parents[1] if (parents[1] / "config.yaml").is_file() else parents[0]
+        raise UserError(
+            f"{run_dir}: is one save of a run; give {wanted}, and export, generate and neighbours"
+            f" take --step {int(save[1])} for this save"
+        )
+    settings = run_settings(run_dir)
+    identity = {n: settings[n] for n in ("model_name", "model_revision") if n in settings}
+    if (run_dir / "tokenizer" / "report.json").is_file():
+        report = read_tokenizer_file(run_dir, "report.json", read_json)
+        identity["words_sha256"] = report["new_words_sha256"]
     durable = Path(settings.get("sentry_dir") or run_dir / "sentries")
-    return [run_dir / "snapshots", durable, run_dir], expected
+    return [run_dir / "snapshots", durable, run_dir], identity
 
 
 def list_saves(run_dir: Path) -> None:
-    """Print every save, and what train.py would continue from. Raises: SentryError: from none."""
-    folders, expected = saves_of(run_dir)
+    """Print every save, and the one to continue from. Raises: UserError if there is none."""
+    folders, expected = sentry_folders_and_identity(run_dir)
     width, chosen = max(len(str(folder)) for folder in folders), None
     print(f"{'step':>10}  {'folder':{width}}  {'MiB':>10}  state")
     for step, path in sentry_folders(*folders):
         try:
             sentry = check_sentry(path, expected)
             found, chosen = "whole", chosen or sentry
+            # Without config.yaml and report.json, the newest whole sentry says which run this is.
             names = [n for n in ("words_sha256", "corpus_sha256") if sentry.state[n] != NOT_KNOWN]
             expected = {n: sentry.state[n] for n in names} | expected
-        except SentryError as error:
+        except UserError as error:
             found = str(error).removeprefix(f"{path}: ")
         mib = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 2**20
         print(f"{step:10,}  {path.parent!s:{width}}  {mib:10,.1f}  {found}")
     if chosen is None:
-        raise SentryError(f"{run_dir}: nothing here can be continued")
+        raise UserError(f"{run_dir}: nothing here can be continued")
     print(
         f"train.py would continue from {chosen.path}: step {chosen.step:,} of"
         f" {chosen.state['config']['max_steps']:,}, {chosen.state['num_new_tokens']:,} new words of"
@@ -510,162 +517,144 @@ def list_saves(run_dir: Path) -> None:
     )
 
 
-def newest_sentry(run_dir: Path) -> Sentry:
-    """The sentry that export and neighbours use: the one that train.py would continue from."""
-    sentry, skipped = pick_sentry(*saves_of(run_dir))
+# ---- What an export needs: rows, words, base model -----------------------------------------------
+
+
+def newest_sentry(run_dir: Path, step: int | None = None) -> Sentry:
+    """Pick the sentry of `step`, or the one that train.py would continue from, and say what was
+    passed over."""
+    sentry, skipped = pick_sentry(*sentry_folders_and_identity(run_dir), step)
     for reason in skipped:
         print(f"passed over: {reason}")
     if sentry is None:
-        raise SentryError(f"{run_dir}: holds no sentry; train.py has not saved there yet")
+        raise UserError(f"{run_dir}: holds no sentry; train.py has not saved there yet")
     return sentry
 
 
-def tokenizer_file(folder: Path, name: str) -> dict:
-    try:
-        return read_json(folder / name)
-    except (OSError, ValueError):
-        what, run_dir = "damaged" if (folder / name).is_file() else "missing", folder.parent
-        raise SentryError(
-            f"{folder}: {name} is {what}; python extend_tokenizer.py CONFIG run_dir={run_dir} makes"
-            " it again"
-        ) from None
+def trained_rows(sentry: Sentry) -> dict[str, Tensor]:
+    """Read the rows of a sentry, (num_new_tokens, hidden) fp32 each; the file is mapped."""
+    tensors = load_file(sentry.path / "rows.safetensors")
+    return {name: rows for name, rows in tensors.items() if name in ("input_rows", "output_rows")}
 
 
-def new_words(run_dir: Path) -> tuple[dict, list[str], list[list[int]]]:
-    """(report.json, the new words in order of their ids, the base ids that spelled each): the base
-    tokenizer is the extended one without what extend_tokenizer.py put in."""
-    folder = run_dir / "tokenizer"
-    report, spec = (tokenizer_file(folder, name) for name in ("report.json", "tokenizer.json"))
-    first, vocab, added = report["base_size"], spec["model"]["vocab"], spec["added_tokens"]
-    spec["added_tokens"] = [token for token in added if token["id"] < first]
-    if report["matching"] == "whole_word":
-        contents = sorted((text for text, i in vocab.items() if i >= first), key=vocab.get)
-        spec["model"]["vocab"] = {text: i for text, i in vocab.items() if i < first}
-        model = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)).model
-        spellings = [[token.id for token in model.tokenize(text)] for text in contents]
-    else:
-        contents = [token["content"] for token in added if token["id"] >= first]
-        base = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-        spellings = [e.ids for e in base.encode_batch(contents, add_special_tokens=False)]
-    words = [text.removeprefix(" ").removeprefix("\u2581") for text in contents]
-    digest = hashlib.sha256("\n".join([str(first), *words]).encode()).hexdigest()
-    if digest != report["new_words_sha256"]:  # made as extend_tokenizer.py makes it
-        raise SentryError(f"{folder}: tokenizer.json does not hold report.json's words")
-    return report, words, spellings
+def config_with_base(settings: dict, base: str | None) -> Config:
+    """Make a Config of saved settings; keys of older versions are left out, and --base wins."""
+    known = {name: value for name, value in settings.items() if name in KEYS}
+    return Config(**known | ({"model_name": base} if base else {}))
 
 
-def base_file(settings: dict, name: str) -> Path:
-    """A file of the base model, in its local folder or from the hub; it may not exist."""
-    folder = Path(settings["model_name"]).expanduser()
+@dataclasses.dataclass(frozen=True)
+class SavedWords:
+    """These are the new words of a run by their ids, and the base ids that spelled each of them."""
+
+    first_new_id: int
+    words: list[str]
+    spellings: list[list[int]]
+    sha256: str
+    tokenizer: Tokenizer
+
+
+def words_table_columns(path: str) -> list[list[str]]:
+    """Read words.tsv, as columns: the words, the texts that their tokens match, the base ids."""
+    _, *lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = [line.split("\t") for line in lines]
+    return [[row[column] for row in rows] for column in (1, 2, 3)]
+
+
+def saved_words(run_dir: Path) -> SavedWords:
+    """Read the words in RUN_DIR/tokenizer and prove that its three files belong together."""
+    report = read_tokenizer_file(run_dir, "report.json", read_json)
+    tokenizer = read_tokenizer_file(run_dir, "tokenizer.json", Tokenizer.from_file)
+    words, texts, base_ids = read_tokenizer_file(run_dir, "words.tsv", words_table_columns)
+    first, sha256 = report["base_size"], report["new_words_sha256"]
+    tokens = [tokenizer.id_to_token(i) or "" for i in range(first, first + len(words))]
+    if new_words_hash(words, first) != sha256 or texts != [t.replace(SPACE, " ") for t in tokens]:
+        raise UserError(f"{run_dir / 'tokenizer'}: its files are not of the same words")
+    spellings = [[int(i) for i in ids.split()] for ids in base_ids]
+    return SavedWords(first, words, spellings, sha256, tokenizer)
+
+
+def base_file(config: Config, name: str) -> Path:
+    """Find a file of the base model in its local folder or on the hub; it may not exist."""
+    folder = Path(config.model_name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import errors, snapshot_download
 
+        wanted = {"revision": config.model_revision, "allow_patterns": [name]}
         try:
-            revision = settings["model_revision"]
-            folder = Path(snapshot_download(str(folder), revision=revision, allow_patterns=[name]))
+            folder = Path(snapshot_download(config.model_name, **wanted))
         except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError):
-            raise SentryError(
+            raise UserError(
                 f"model {folder}: neither a local folder nor on the hub; --base names its folder"
             ) from None
     return folder / name
 
 
-def base_tensors(path: Path) -> dict[str, StoredTensor]:
-    """stored_tensors of a file of the base model. Raises: SentryError, also where it is missing."""
-    if not path.is_file():
-        raise SentryError(f"{path}: missing; --base names another model folder")
-    return stored_tensors(path)
-
-
 @dataclasses.dataclass(frozen=True)
 class BaseTables:
-    """Which file holds which of the base model's tensors; head None: it has none of its own."""
+    """This maps the base model's tensors to their files; head is None if no head is stored."""
 
-    settings: dict
+    config: Config
     weight_map: dict[str, str]
     embedding: str
     head: str | None
     tied: bool
 
-    def table(self, name: str, num_rows: int) -> StoredTensor:
-        """The first rows of a table, without its padding."""
-        table = base_tensors(base_file(self.settings, self.weight_map[name]))[name]
-        if table.shape[0] < num_rows or table.dtype not in FLOAT_TYPES:
-            raise SentryError(f"{table.path}: {name} is {table.dtype} {table.shape}")
-        return table.first_rows(num_rows)
+    def table(self, name: str, num_rows: int) -> Tensor:
+        """Map the first rows of a table: without its padding, if num_rows is the base's size."""
+        path = base_file(self.config, self.weight_map[name])
+        with open_tensors(path) as stored:
+            table = stored.get_tensor(name)
+        if len(table) < num_rows or not table.is_floating_point():
+            raise UserError(f"{path}: {name} is {table.dtype} {tuple(table.shape)}")
+        return table[:num_rows]
 
 
-def base_tables(settings: dict) -> BaseTables:
+def base_tables(config: Config) -> BaseTables:
     """Read the base model's config.json and the names in its safetensors files; no weights."""
-    index = base_file(settings, "model.safetensors.index.json")
-    single = base_file(settings, "model.safetensors")
+    index = base_file(config, "model.safetensors.index.json")
+    single = base_file(config, "model.safetensors")
     if index.is_file() and not single.is_file():
         weight_map = read_json(index)["weight_map"]
     else:
-        weight_map = dict.fromkeys(base_tensors(single), single.name)
+        with open_tensors(single) as stored:
+            weight_map = dict.fromkeys(stored.keys(), single.name)
     found = [
         [name for name in weight_map if re.search(rf"(^|\.)({pattern})\.weight$", name)]
         for pattern in ("embed_tokens|wte|embed_in", "lm_head|embed_out")
     ]
     if len(found[0]) != 1 or len(found[1]) > 1:
-        raise SentryError(f"model {settings['model_name']}: no one embedding and head: {found}")
-    config = read_json(base_file(settings, "config.json"))
+        raise UserError(f"model {config.model_name}: no one embedding and head: {found}")
+    from transformers import AutoConfig  # takes 3 s, and some commands need no base
+
+    model_config = AutoConfig.from_pretrained(
+        Path(config.model_name).expanduser(), revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
     head = found[1][0] if found[1] else None
-    tied = (config | config.get("text_config", {})).get("tie_word_embeddings", False)
-    return BaseTables(settings, weight_map, found[0][0], head, tied or head is None)
-
-
-def starting_rows(table: StoredTensor, spellings: list[list[int]], settings: dict) -> numpy.ndarray:
-    """The rows, (len(spellings), hidden) fp32, that new words had at step 0, as overlay.py makes
-    them: means of sub-token rows, or directions drawn from the seed; table: without padding.
-
-    Memory: the rows, and ROWS_AT_ONCE rows of the table.
-    """
-    count, width = len(spellings), table.shape[1]
-    if settings["init"] == "spherical":
-        import torch
-
-        total = squares = 0.0
-        for block in row_blocks(table):
-            total += block.sum(dtype="f8")
-            squares += numpy.square(block, dtype="f8").sum()
-        size = math.prod(table.shape)
-        norm = math.sqrt((squares - total * total / size) / (size - 1) * width)
-        generator = torch.Generator().manual_seed(settings["seed"])
-        rows = torch.randn(count, width, generator=generator)
-        return rows.mul_(settings["init_radius"] * norm / rows.norm(dim=1, keepdim=True)).numpy()
-    if settings["init"] != "subtoken_mean":
-        raise SentryError(f"init {settings['init']!r}: recover.py cannot make these rows again")
-    rows, start = numpy.zeros((count, width), "f4"), 0
-    lengths = numpy.array([len(ids) for ids in spellings])
-    words, ids = numpy.repeat(numpy.arange(count), lengths), numpy.concatenate(spellings)
-    for block in row_blocks(table):
-        here = (ids >= start) & (ids < start + len(block))
-        numpy.add.at(rows, words[here], block[ids[here] - start])
-        start += len(block)
-    return rows / lengths[:, None].astype("f4")
+    return BaseTables(config, weight_map, found[0][0], head, head is None or is_tied(model_config))
 
 
 # ---- Export --------------------------------------------------------------------------------------
 
 LOADING = {
-    "rows": """`rows.safetensors` holds `input_rows`, and `output_rows` where the head has its own,
+    "rows": """`rows.safetensors` holds `input_rows`, and `output_rows` if the head has its own,
 fp32, row i for the i-th line of `words.txt`; `rows.json` names model, words and ids.""",
-    "merged": """`AutoTokenizer.from_pretrained("THIS_FOLDER")` and
-`AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")` of transformers load it.""",
+    "merged": """`AutoTokenizer.from_pretrained("{folder}")` and
+`AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")` of transformers load it.""",
     "peft": """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForCausalLM.from_pretrained("{model}", dtype="auto"){untie}
 model.resize_token_embeddings({size}, mean_resizing=False)
-model = PeftModel.from_pretrained(model, "THIS_FOLDER")
+model = PeftModel.from_pretrained(model, "{folder}")
 ```
 
-The base's table must be resized to {size:,} rows before the adapter is put on, even where that
-makes it smaller: the new ids begin in its padding. Where the head is tied and takes the same rows,
-PEFT warns of a missing lm_head key.""",
+The base's table must be resized to {size:,} rows before the adapter is put on, even if that makes
+it smaller: the new ids begin in its padding. If the head is tied and takes the same rows, PEFT
+warns of a missing lm_head key.""",
 }
 UNTIE = """
 import torch
@@ -673,29 +662,35 @@ model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 model.config.tie_word_embeddings = False  # the new words have output rows of their own"""
 # What an export may have left in a folder that --force writes into; a loader would mix them up.
 STALE = ("model*.safetensors*", "adapter_*", "rows.*", "config.json", "generation_config.json")
+LIBRARIES = {"rows": None, "merged": "transformers", "peft": "peft"}
 
 
-def export(run_dir: Path, out: Path, form: str, force: bool, base: str | None) -> None:
-    """Write what was learnt to OUT with a model card, aside first and then file by file in place;
-    over files that are there only with `force`."""
-    out, sentry = out.resolve(), newest_sentry(run_dir)
-    settings = sentry.state["config"] | ({"model_name": base} if base else {})
+def export(
+    run_dir: Path, out: Path, form: str, force: bool, base: str | None, step: int | None
+) -> None:
+    """Write what was learnt to OUT, with a model card.
+
+    Everything is written beside OUT first and then put in place file by file. Files that are in
+    OUT are written over only with `force`.
+    """
+    out, sentry = out.resolve(), newest_sentry(run_dir, step)
+    config = config_with_base(sentry.state["config"], base)
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise SentryError(f"{out}: holds files; give another folder, or --force to write over them")
-    if out in (run_dir.resolve(), Path(settings["model_name"]).resolve()):
-        raise SentryError(f"{out}: is the run or the base model itself; give another folder")
+        raise UserError(f"{out}: holds files; give another folder, or --force to write over them")
+    if out in (run_dir.resolve(), Path(config.model_name).resolve()):
+        raise UserError(f"{out}: is the run or the base model itself; give another folder")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         if form != "rows":
-            new_words(run_dir)  # proves the tokenizer whole
-            own = shutil.ignore_patterns("report.json")  # has paths of this machine
+            saved_words(run_dir)  # proves the tokenizer whole
+            own = shutil.ignore_patterns("report.json", "words.tsv")  # paths of this machine
             shutil.copytree(run_dir / "tokenizer", part, ignore=own, dirs_exist_ok=True)
         write = {"rows": export_rows, "peft": export_peft, "merged": export_merged}[form]
-        loading = write(sentry, settings, part)
+        loading = LOADING[form].format(folder=out.name, **write(sentry, config, part))
         shutil.copy(sentry.path / "words.txt", part)
-        card = model_card(sentry, settings, loading, form)
+        card = model_card(sentry, config, loading, LIBRARIES[form])
         (part / "README.md").write_text(card, encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
         for stale in (path for pattern in STALE for path in out.glob(pattern)):
@@ -707,33 +702,31 @@ def export(run_dir: Path, out: Path, form: str, force: bool, base: str | None) -
     print(f"step {sentry.step:,} as {form}: {out}")
 
 
-def trained_rows(sentry: Sentry) -> dict[str, numpy.ndarray]:
-    tensors = read_tensors(sentry.path / "rows.safetensors")
-    return {name: rows for name, rows in tensors.items() if name in ("input_rows", "output_rows")}
-
-
-def export_rows(sentry: Sentry, settings: dict, part: Path) -> str:
-    """rows.safetensors, and rows.json with model, step, and the id of every word."""
-    write_tensors(part / "rows.safetensors", trained_rows(sentry))
+def export_rows(sentry: Sentry, config: Config, part: Path) -> dict:
+    """Write rows.safetensors, and rows.json with model, step and the id of every word."""
+    save_tensors(trained_rows(sentry), part / "rows.safetensors")
     words = (sentry.path / "words.txt").read_text(encoding="utf-8").split()
     names = ("model_name", "model_revision", "step", "first_new_id", "num_new_tokens")
     facts = {name: sentry.state[name] for name in names}
     facts["words"] = {word: i for i, word in enumerate(words, facts["first_new_id"])}
     write_json(part / "rows.json", facts)
-    return LOADING["rows"]
+    return {}
 
 
-def export_peft(sentry: Sentry, settings: dict, part: Path) -> str:
-    """An adapter of PEFT's type TRAINABLE_TOKENS: the tensors hold the rows themselves (peft 0.21,
-    tuners/trainable_tokens)."""
-    rows, state, base = trained_rows(sentry), sentry.state, base_tables(settings)
+def export_peft(sentry: Sentry, config: Config, part: Path) -> dict:
+    """Write an adapter of PEFT's type TRAINABLE_TOKENS.
+
+    Its tensors are named "delta" and hold the rows themselves (peft 0.21, tuners/trainable_tokens).
+    """
+    rows, state, base = trained_rows(sentry), sentry.state, base_tables(config)
     separate, size = "output_rows" in rows, state["first_new_id"] + state["num_new_tokens"]
     modules = {base.embedding.removesuffix(".weight"): rows["input_rows"]}
     if separate or not base.tied:
         head = (base.head or "lm_head.weight").removesuffix(".weight")
-        modules[head] = rows.get("output_rows", rows["input_rows"])
+        # A copy, because safetensors refuses to write the same memory under two names.
+        modules[head] = rows["output_rows"] if separate else rows["input_rows"].clone()
     tensors = {f"base_model.model.{n}.trainable_tokens_delta": r for n, r in modules.items()}
-    write_tensors(part / "adapter_model.safetensors", tensors)
+    save_tensors(tensors, part / "adapter_model.safetensors")
     write_json(part / "adapter_config.json", {
         "peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": state["model_name"], "revision": state["model_revision"],
@@ -741,252 +734,393 @@ def export_peft(sentry: Sentry, settings: dict, part: Path) -> str:
         "token_indices": list(range(state["first_new_id"], size)),
     })  # fmt: skip
     untie = UNTIE if base.tied and separate else ""
-    return LOADING["peft"].format(model=state["model_name"], size=size, untie=untie)
+    return {"model": state["model_name"], "size": size, "untie": untie}
 
 
-def export_merged(sentry: Sentry, settings: dict, part: Path) -> str:
-    """An ordinary checkpoint: the base's files byte by byte, embedding and head with the new rows.
+def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
+    """Write an ordinary checkpoint, shard by shard as the base has it, with longer tables.
 
-    Rows below first_new_id stay bitwise what they were, new rows are cast to the table's dtype, the
-    base's padding rows go. A tied head whose output rows are separate becomes a tensor of its own.
-    Memory: chunks and ROWS_AT_ONCE rows; Qwen2.5-14B's tables (1,485 -> 1,913 MiB each): 501 MiB
-            at the peak, 21 s (tests/measure_merge.py --hidden 5120, 2 CPU cores, 2026-11-22)
+    Rows below first_new_id stay bitwise what they were. New rows are cast to the table's dtype, and
+    the base's padding rows go. If the head is tied and the output rows are separate, the head
+    becomes a tensor of its own.
+    Memory: 1.3 x the new table, more if one shard holds both tables: 2,571 MiB for Qwen2.5-14B's,
+            of 1,913 each (tests/bench/measure_merge.py --hidden 5120, 2 CPU cores, 2026-11-25).
+            The files that are read are mapped, and the system takes their pages back
     """
-    rows, first = stored_tensors(sentry.path / "rows.safetensors"), sentry.state["first_new_id"]
-    base, separate = base_tables(settings), "output_rows" in rows
-    embedding, weight_map = base.table(base.embedding, first), dict(base.weight_map)
-    changed = {base.embedding: (embedding, rows["input_rows"])}
+    rows, first = trained_rows(sentry), sentry.state["first_new_id"]
+    base, separate = base_tables(config), "output_rows" in rows
+    weight_map, new_rows = dict(base.weight_map), {base.embedding: rows["input_rows"]}
     if base.head or separate:
         head = base.head or "lm_head.weight"
         weight_map.setdefault(head, weight_map[base.embedding])
-        kept = embedding if base.tied else base.table(head, first)
-        changed[head] = kept, rows["output_rows" if separate else "input_rows"]
-    total, files = 0, sorted(set(weight_map.values()))
-    for file in files:
-        stored = base_tensors(base_file(settings, file))
-        pieces = {name: (tensor,) for name, tensor in stored.items()}
-        pieces |= {n: tables for n, tables in changed.items() if weight_map[n] == file}
-        total += write_pieces(part / file, pieces)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        new_rows[head] = rows["output_rows" if separate else "input_rows"]
+    total_size, shards = 0, sorted(set(weight_map.values()))
+    for shard in shards:
+        with open_tensors(base_file(config, shard)) as stored:
+            tensors = stored.get_tensors()  # mapped, and written without being loaded
+        for name in (name for name in new_rows if weight_map[name] == shard):
+            table = base.table(base.embedding if base.tied else name, first)
+            tensors[name] = torch.cat([table, new_rows[name].to(table.dtype)])
+        save_tensors(tensors, part / shard)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(part / "model.safetensors.index.json", index)
-    config = read_json(base_file(settings, "config.json"))
     facts = {"vocab_size": first + sentry.state["num_new_tokens"]}
     facts["tie_word_embeddings"] = base.tied and not separate
-    for place in (config, config.get("text_config", {})):
-        if "vocab_size" in place:
-            place |= facts
-    write_json(part / "config.json", config)
-    if (generation := base_file(settings, "generation_config.json")).is_file():
+    settings = read_json(base_file(config, "config.json"))
+    for section in (settings, settings.get("text_config", {})):
+        if "vocab_size" in section:
+            section |= facts
+    write_json(part / "config.json", settings)
+    if (generation := base_file(config, "generation_config.json")).is_file():
         shutil.copy(generation, part)
-    return LOADING["merged"]
+    return {}
 
 
-def write_pieces(path: Path, tensors: dict[str, tuple[StoredTensor, ...]]) -> int:
-    """A safetensors file of base tensors, some followed by fp32 rows; bytes of all tensors."""
-    entries = {}
-    for name, (base, *new) in tensors.items():
-        if new:
-            base = base.first_rows(base.shape[0] + new[0].shape[0])
-        entries[name] = base.dtype, base.shape, base.size
-    with open(path, "wb") as writer:
-        writer.write(tensor_header(entries))
-        for base, *new in tensors.values():
-            with open(base.path, "rb") as reader:
-                reader.seek(base.offset)
-                copy_bytes(reader, writer, base.size)
-            for block in itertools.chain(*map(row_blocks, new)):
-                writer.write(as_stored(block, base.dtype))
-    sync(path)
-    return sum(size for _, _, size in entries.values())
+def model_card(sentry: Sentry, config: Config, loading: str, library: str | None) -> str:
+    """Write README.md of an export: base, words, recipe, steps, losses, licence, loading."""
+    from huggingface_hub import ModelCardData
 
-
-def model_card(sentry: Sentry, settings: dict, loading: str, form: str) -> str:
-    """README.md of an export: base, words, recipe, steps, losses, licence, loading."""
-    state, name, licence = sentry.state, sentry.state["model_name"], base_licence(settings)
+    state, name, licence = sentry.state, sentry.state["model_name"], base_licence(config)
     words = (sentry.path / "words.txt").read_text(encoding="utf-8").split()
-    lines = (sentry.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evals = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
-    result, table = "", []
-    if evals:
-        last = evals[-1]
-        result = (
-            f" Held-out text: {last['val_bits_per_byte']:.3f} bits per byte at step {last['step']};"
-            f" the base model without the words: {last['base_bits_per_byte']:.3f}."
-        )
-        table = ["| Step | Val, nats/token | Val, bits/byte |", "|---|---|---|"]
-        row = "| {step} | {val_loss:.4f} | {val_bits_per_byte:.3f} |"
-        table += [row.format(**record) for record in evals]
-    keys = (
-        "init", "output_rows", "token_matching", "seq_len", "effective_batch_size", "learning_rate",
-        "warmup_ratio", "row_coupling", "max_steps", "quantization", "seed",
-    )  # fmt: skip
-    recipe = ", ".join(f"{key} {settings[key]}" for key in keys)
     first, num = state["first_new_id"], state["num_new_tokens"]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    header = ModelCardData(
+        base_model=name if on_hub else None, library_name=library, license=licence or "other",
+        tags=["wake2vec"],
+    )  # fmt: skip
+    keys = (
+        "init", "output_rows", "token_matching", "seq_len", "effective_batch_size", "learning_rate",
+        "warmup_ratio", "row_coupling", "kin_coupling", "max_steps", "quantization", "seed",
+    )  # fmt: skip
+    # As saved: an older run had not every key, and a default would say that it did.
+    settings = state["config"]
+    recipe = ", ".join(f"{key} {settings[key]}" for key in keys if key in settings)
+    return f"""---
+{header.to_yaml()}
+---
+# {num:,} new words for {name}
+
+Base model: {name}, revision {state["model_revision"] or "default"}, its weights frozen.
+Licence of the base model: {licence or "see the base model"}.
+New words: ids {first:,} to {first + num - 1:,}, in order in words.txt ({", ".join(words[:8])} ...).
+Recipe: {recipe}.
+Trained for {sentry.step:,} steps.{evaluations(sentry)}
+
+## Loading
+
+{loading}
+"""
+
+
+def evaluations(sentry: Sentry) -> str:
+    """Tell the card how the held-out loss went: a sentence and a table; "" if there is none."""
+    lines = (sentry.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evals = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
+    if not evals:
+        return ""
+    row = "| {step} | {val_loss:.4f} | {val_bits_per_byte:.3f} |"
     return "\n".join([
-        "---", *([f"base_model: {name}"] if on_hub else []),
-        f"library_name: {form.replace('merged', 'transformers')}",
-        f"license: {licence or 'other'}\ntags: [wake2vec]\n---",
-        f"# {num:,} new words for {name}\n",
-        f"Base model: {name}, revision {state['model_revision'] or 'default'}, its weights frozen.",
-        f"Licence of the base model: {licence or 'see the base model'}.",
-        f"New words: ids {first:,} to {first + num - 1:,}, in order in words.txt"
-        f" ({', '.join(words[:8])} ...).",
-        f"Recipe: {recipe}.",
-        f"Trained for {sentry.step:,} steps.{result}\n",
-        *table,
-        f"\n## Loading\n\n{loading}\n",
+        " Held-out text: {val_bits_per_byte:.3f} bits per byte at step {step}; the base model"
+        " without the words: {base_bits_per_byte:.3f}.\n".format(**evals[-1]),
+        "| Step | Val, nats/token | Val, bits/byte |", "|---|---|---|",
+        *(row.format(**record) for record in evals),
     ])  # fmt: skip
 
 
-def base_licence(settings: dict) -> str | None:
-    """The licence that the base model's own card names."""
+def base_licence(config: Config) -> str | None:
+    """Find the licence that the base model's own card names."""
+    from huggingface_hub import metadata_load
+
     try:
-        card = base_file(settings, "README.md")
-    except SentryError:  # only the rows survived, the base model is not at hand
+        return (metadata_load(base_file(config, "README.md")) or {}).get("license")
+    except (UserError, OSError, ValueError, yaml.YAMLError):  # no base at hand, no card, a bad one
         return None
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.match(r"---\n(?:.*\n)*?license: *(.+)\n(?:.*\n)*?---", text)
-    return found[1].strip("\"' ") if found else None
 
 
-# ---- Neighbours and import -----------------------------------------------------------------------
+# ---- Neighbours ----------------------------------------------------------------------------------
 
 
-def directions(rows: numpy.ndarray) -> numpy.ndarray:
-    return rows / numpy.linalg.norm(rows, axis=1, keepdims=True).clip(1e-30)
+def unit_rows(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
 
 
-def print_moves(words: list[str], norms: dict, sides: dict, moved: numpy.ndarray) -> None:
-    """Norms side by side, and the words in `moved` with how far they went."""
-    print(f"{'norms of input rows':24} {'mean':>8} {'std':>8}")
-    for label, values in norms.items():
-        print(f"{label:24} {values.mean():8.3f} {values.std():8.3f}")
-    print(f"\n{'most moved':24} {'by':>8} {'cosine of before and after':>28}")
-    before, after = (rows[moved] for rows in sides.values())
-    moves = numpy.linalg.norm(after - before, axis=1)
-    for i, move, cosine in zip(moved, moves, (directions(before) * directions(after)).sum(axis=1)):
-        print(f"{words[i]:24} {move:8.3f} {cosine:28.3f}")
+def neighbours(
+    run_dir: Path, asked: list[str], num: int, base: str | None, step: int | None
+) -> None:
+    """Print what stands nearest to each word (default: the five that moved most).
 
-
-def nearest(names: list[str], cosines: numpy.ndarray, num: int) -> str:
-    best = cosines.argsort()[::-1][:num]
-    return "  ".join(f"{names[i]} {cosines[i]:.2f}" for i in best)
-
-
-def neighbours(run_dir: Path, asked: list[str], num: int, base: str | None) -> None:
-    """Print what stands nearest to each word (default: the five that moved most) by the cosine of
-    input rows, among base tokens and new words, before and after training; and norms, and moves."""
-    sentry = newest_sentry(run_dir)
-    settings = sentry.state["config"] | ({"model_name": base} if base else {})
-    report, words, spellings = new_words(run_dir)
-    if unknown := [word for word in asked if word not in words]:
-        raise SentryError(*(f"{word!r}: no new word of {run_dir}" for word in unknown))
-    tables = base_tables(settings)
-    table = tables.table(tables.embedding, report["base_size"])
-    sides = {"before": starting_rows(table, spellings, settings)}
-    sides["after"] = trained_rows(sentry)["input_rows"]
-    moved = numpy.linalg.norm(sides["after"] - sides["before"], axis=1).argsort()[::-1][:num]
-    chosen = [words.index(word) for word in asked] or moved[:5].tolist()
-    queries = numpy.concatenate([directions(rows[chosen]) for rows in sides.values()]).T
-    norms, near_base = [], []
-    for block in row_blocks(table):
-        norms.append(numpy.linalg.norm(block, axis=1))
-        near_base.append(directions(block) @ queries)
-    norms = {"base tokens": numpy.concatenate(norms)}
-    norms |= {f"new words, {w}": numpy.linalg.norm(rows, axis=1) for w, rows in sides.items()}
+    Nearest is by the cosine of input rows, among base tokens and among new words, before and after
+    training. Norms and the longest moves come first.
+    """
+    sentry, new = newest_sentry(run_dir, step), saved_words(run_dir)
+    if unknown := [word for word in asked if word not in new.words]:
+        raise UserError(*(f"{word!r}: no new word of {run_dir}" for word in unknown))
+    config = config_with_base(sentry.state["config"], base)
+    tables = base_tables(config)
+    table = tables.table(tables.embedding, new.first_new_id)
+    before = starting_rows(table, new.spellings, config)
+    after = trained_rows(sentry)["input_rows"]
+    moves = (after - before).norm(dim=1)
+    moved = moves.argsort(descending=True)[:num].tolist()
     print(f"step {sentry.step:,}\n")
-    print_moves(words, norms, sides, moved)
-    near_base = numpy.concatenate(near_base)
-    tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer" / "tokenizer.json"))
-    tokens = [repr(tokenizer.decode([i])) for i in range(len(near_base))]
-    for n, place in enumerate(chosen):
-        for column, (when, rows) in zip((n, n + len(chosen)), sides.items()):
-            near_new = directions(rows) @ queries[:, column]
-            near_new[place] = -2.0  # not the word itself
-            print(f"\n{words[place]}, {when}")
-            print(f"  base tokens  {nearest(tokens, near_base[:, column], num)}")
-            print(f"  new words    {nearest(words, near_new, num)}")
+    print_norms(table, before, after)
+    print(f"\n{'most moved':24} {'by':>8} {'cosine of before and after':>28}")
+    for i in moved:
+        print(
+            f"{new.words[i]:24} {moves[i]:8.3f} {unit_rows(before[i]) @ unit_rows(after[i]):28.3f}"
+        )
+    chosen = [new.words.index(word) for word in asked] or moved[:5]
+    queries = unit_rows(torch.cat([before[chosen], after[chosen]]))  # (2 x chosen, H)
+    near_base = torch.cat([unit_rows(b) @ queries.T for b in table.split(ROW_BLOCK)])  # (V, ...)
+    for n, i in enumerate(chosen):
+        for when, rows, column in (("before", before, n), ("after", after, n + len(chosen))):
+            near_new = unit_rows(rows) @ queries[column]  # (N,)
+            near_new[i] = -2.0  # not the word itself
+            tokens = nearest(near_base[:, column], num, lambda i: repr(new.tokenizer.decode([i])))
+            print(f"\n{new.words[i]}, {when}")
+            print(f"  base tokens  {tokens}")
+            print(f"  new words    {nearest(near_new, num, new.words.__getitem__)}")
+
+
+def print_norms(table: Tensor, before: Tensor, after: Tensor) -> None:
+    base = torch.cat([block.float().norm(dim=1) for block in table.split(ROW_BLOCK)])
+    new = {f"new words, {n}": r.norm(dim=1) for n, r in (("before", before), ("after", after))}
+    print(f"{'norms of input rows':24} {'mean':>8} {'std':>8}")
+    for label, norms in {"base tokens": base, **new}.items():
+        print(f"{label:24} {norms.mean():8.3f} {norms.std(correction=0):8.3f}")
+
+
+def nearest(cosines: Tensor, num: int, name: Callable[[int], str]) -> str:
+    best = cosines.topk(min(num, len(cosines)))
+    return "  ".join(
+        f"{name(i)} {c:.2f}" for c, i in zip(best.values.tolist(), best.indices.tolist())
+    )
+
+
+# ---- Generate ------------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Decodes ids as they come and marks new words; it is a `streamer` for model.generate.
+
+    A letter of several bytes is a replacement sign until its last byte is there, so it is held back
+    until then.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, first_new_id: float, marks: tuple[str, str], show: Callable
+    ):
+        self.tokenizer, self.first_new_id = tokenizer, first_new_id
+        self.marks, self.show = marks, show
+        self.ids, self.text = [], ""  # the text has no marks
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt's ids (1, tokens), or the next one (1,)."""
+        for token in ids.flatten().tolist():
+            is_new = token >= self.first_new_id
+            if is_new:
+                self.end()  # a word completes no letter
+            self.ids.append(token)
+            if is_new or not self.tokenizer.decode(self.ids).endswith("\ufffd"):
+                self.end(is_new)
+
+    def end(self, is_new: bool = False) -> None:
+        """Show what was not shown yet; if `is_new`, it is a new word and gets the marks."""
+        text = self.tokenizer.decode(self.ids)
+        piece = text[len(os.path.commonprefix([text, self.text])) :]
+        self.text = text
+        if is_new and (word := piece.strip()):
+            piece = piece.replace(word, word.join(self.marks), 1)
+        self.show(piece)
+
+
+def mark_new_words(ids: list[int], words: NewWords) -> str:
+    """Decode ids, and put ** around every new word."""
+    pieces = []
+    stream = TextStream(words.tokenizer, words.first_new_id, ("**", "**"), pieces.append)
+    stream.put(torch.tensor(ids))
+    stream.end()
+    return "".join(pieces)
+
+
+def continue_prompt(model, tokenizer: Tokenizer, prompt: str, seed: int, **how) -> list[int]:
+    """Continue a prompt with the seed's own random numbers -> ids, those of the prompt too.
+
+    how: what else model.generate takes
+    """
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)  # (1, tokens)
+    if not ids.numel():
+        raise UserError(f"prompt: {prompt!r} has no tokens; give some text")
+    with torch.random.fork_rng([model.device] if ids.is_cuda else []):
+        torch.manual_seed(seed)
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=0, **how)
+    return out[0].tolist()
+
+
+def print_text(
+    model, tokenizer: Tokenizer, first_new_id: float, prompt: str, seed: int, **how
+) -> str:
+    """Print prompt and continuation as they come, new words bold on a terminal -> the text."""
+    marks = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    show = functools.partial(print, end="", flush=True)
+    stream = TextStream(tokenizer, first_new_id, marks, show)
+    continue_prompt(model, tokenizer, prompt, seed, streamer=stream, **how)
+    print()
+    return stream.text
+
+
+def asked_prompts() -> Iterator[str]:
+    """Ask for one prompt after another until an empty line, the end of the input, or Ctrl-C."""
+    by_hand = sys.stdin.isatty() or "ipykernel" in sys.modules
+    try:
+        while prompt := input("prompt, or Enter to end: " if by_hand else ""):
+            yield prompt
+    except (EOFError, KeyboardInterrupt):
+        if by_hand:
+            print()
+
+
+def generate(
+    run_dir: Path | str, prompt: str | None = None, *, step: int | None = None,
+    temperature: float = 1.0, top_p: float = 0.95, max_new_tokens: int = 200,
+    seed: int | None = None, base_model_too: bool = False, base: str | None = None,
+) -> str:  # fmt: skip
+    """Continue a prompt, or each one that is asked for, and print it -> the last text.
+
+    The same seed (None: the run's) gives the same text. temperature 0 takes the likeliest token.
+    Raises: UserError if there is no such sentry, no base model, or if an option is out of range
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        what = "temperature is at least 0, top_p above 0 and at most 1, max_new_tokens at least 1"
+        raise UserError(f"generate: {what}")
+    sentry, new = newest_sentry(Path(run_dir), step), saved_words(Path(run_dir))
+    config, text = config_with_base(sentry.state["config"], base), ""
+    base_file(config, "config.json")  # the line that says what to do if there is no base
+    seed = config.seed if seed is None else seed
+    how = {"max_new_tokens": max_new_tokens, "top_p": top_p, "use_cache": True}
+    how |= {"temperature": temperature or 1.0, "top_k": 0 if temperature else 1}
+    prompts = asked_prompts() if prompt is None else [prompt]
+    try:
+        overlay = trained_overlay(sentry, config)
+        for prompt in prompts:
+            if base_model_too:
+                overlay.uninstall()
+                print("---- the untouched model")
+                print_text(overlay.model, base_tokenizer(config), math.inf, prompt, seed, **how)
+                print(f"---- step {sentry.step:,}")
+                overlay.install()
+            model, first = overlay.model, new.first_new_id
+            text = print_text(model, new.tokenizer, first, prompt, seed, **how)
+    except torch.OutOfMemoryError as error:
+        advice = "end what else uses the GPU, in a notebook by a restart of its kernel"
+        raise UserError(f"out of GPU memory: {advice} ({one_line(error)})") from error
+    return text
+
+
+def trained_overlay(sentry: Sentry, config: Config) -> WakeOverlay:
+    """Load the base model as the run had it, and install the sentry's rows."""
+    apply()
+    if config.device == "cuda":  # a run of a GPU may be tried out where there is none
+        config = dataclasses.replace(config, device="auto")
+    if problems := check_environment(config.device, config.quantization):
+        raise UserError(*problems)
+    free_cached_memory()  # in a notebook, what an earlier run or call left
+    print(f"step {sentry.step:,}: loading {config.model_name}", file=sys.stderr, flush=True)
+    rows = trained_rows(sentry)
+    model = load_model(config, find_worker(config))
+    first, output_rows = sentry.state["first_new_id"], rows.get("output_rows")
+    overlay = WakeOverlay(model, first, rows["input_rows"], output_rows)
+    overlay.install()
+    return overlay
+
+
+# ---- Import --------------------------------------------------------------------------------------
 
 
 def import_seed(seed_file: Path, run_dir: Path, base: str | None) -> None:
-    """Make a sentry in RUN_DIR/snapshots of a file of the original notebooks, which trained input
-    rows alone, from id wake_start on. All others that the config asks for are as at step 0. The
-    step stays, and with it learning rate and data order; the optimizer begins anew."""
+    """Make a sentry in RUN_DIR/snapshots out of a file of the original notebooks.
+
+    The notebooks trained input rows alone, from the id wake_start on. All other rows that the
+    config asks for are as at step 0. The step number stays, so learning rate and data order go on
+    from it. The optimizer begins anew.
+    """
     settings = run_settings(run_dir)
     if not settings:
-        raise SentryError(f"{run_dir / 'config.yaml'}: missing; extend_tokenizer.py writes it")
+        raise UserError(f"{run_dir / 'config.yaml'}: missing; extend_tokenizer.py writes it")
     rows, step, start = read_seed(seed_file)
-    report, words, spellings = new_words(run_dir)
-    first, last = report["base_size"], report["total"] - 1
-    tables = base_tables(settings | ({"model_name": base} if base else {}))
-    tensors = untrained_tensors(tables, spellings, first, settings)
+    new = saved_words(run_dir)
+    first, last = new.first_new_id, new.first_new_id + len(new.words) - 1
+    tensors = untrained_tensors(config_with_base(settings, base), new)
     width = tensors["input_rows"].shape[1]
     if start < first or rows.shape != (last + 1 - start, width):
-        raise SentryError(
+        raise UserError(
             f"{seed_file}: {len(rows):,} rows of {rows.shape[1]:,} from id {start:,} on; this run's"
             f" new ids are {first:,} to {last:,}, its rows {width:,} wide"
         )
-    if sentry_folders(*saves_of(run_dir)[0]):
-        raise SentryError(f"{run_dir}: has saves of its own; give a new run_dir")
+    if sentry_folders(*sentry_folders_and_identity(run_dir)[0]):
+        raise UserError(f"{run_dir}: has saves of its own; give a new run_dir")
     tensors["input_rows"][start - first :] = rows
     state = {
         "step": step, "model_name": settings["model_name"],
-        "model_revision": settings["model_revision"], "words_sha256": report["new_words_sha256"],
-        "corpus_sha256": NOT_KNOWN, "first_new_id": first, "num_new_tokens": len(words),
+        "model_revision": settings["model_revision"], "words_sha256": new.sha256,
+        "corpus_sha256": NOT_KNOWN, "first_new_id": first, "num_new_tokens": len(new.words),
         "sequences_seen": step * settings["effective_batch_size"], "optimizer_step": 0,
-        "random_state": {}, "loss_scale": {"value": 65536.0, "good_steps": 0},
+        "loss_scale": {"value": FLOAT16_LOSS_SCALE, "good_steps": 0},
         "best_val_loss": None, "base_bits_per_byte": None, "config": settings, "versions": {},
         "imported_from": seed_file.name,
     }  # fmt: skip
-    texts = {"metrics.jsonl": "", "samples.md": "", "words.txt": "\n".join(words) + "\n"}
+    texts = {"metrics.jsonl": "", "samples.md": "", "words.txt": "\n".join(new.words) + "\n"}
     path = write_sentry(run_dir / "snapshots", tensors, texts, state)
     print(f"{len(rows):,} rows of step {step:,} and {start - first:,} new ones: {path}")
 
 
-def untrained_tensors(base: BaseTables, spellings: list, first: int, settings: dict) -> dict:
-    """What train.py saves, as it is at step 0: rows, and Adafactor's zeros."""
-    mode, table = settings["output_rows"], base.table(base.embedding, first)
-    if mode == "auto":
-        mode = "shared" if base.tied else "separate"
-    tensors = {"input_rows": starting_rows(table, spellings, settings)}
+def untrained_tensors(config: Config, new: SavedWords) -> dict[str, Tensor]:
+    """Make what train.py saves, as it is at step 0: the rows, and Adafactor's zeros."""
+    base = base_tables(config)
+    mode, tables = output_mode(config.output_rows, base.tied), {"input_rows": base.embedding}
     if mode != "shared":
-        head = table if base.tied else base.table(base.head, first)
-        tensors["output_rows"] = starting_rows(head, spellings, settings)
-    for name in list(tensors) if mode == "separate" else ["input_rows"]:
-        tensors[f"{name}.row_mean_square"] = numpy.zeros(len(spellings), "f4")
-        tensors[f"{name}.column_mean_square"] = numpy.zeros(table.shape[1], "f4")
+        tables["output_rows"] = base.embedding if base.tied else base.head
+    tensors = {
+        side: starting_rows(base.table(table, new.first_new_id), new.spellings, config)
+        for side, table in tables.items()
+    }
+    for side in list(tensors) if mode == "separate" else ["input_rows"]:
+        num_rows, width = tensors[side].shape
+        tensors[f"{side}.row_mean_square"] = torch.zeros(num_rows)
+        tensors[f"{side}.column_mean_square"] = torch.zeros(width)
     return tensors
 
 
-def read_seed(seed_file: Path) -> tuple[numpy.ndarray, int, int]:
-    """(rows in fp32, step, id of the first row); only tensors and numbers are unpickled."""
-    from pickle import UnpicklingError
-
-    import torch
-
+def read_seed(seed_file: Path) -> tuple[Tensor, int, int]:
+    """Read (rows in fp32, step, id of the first row); only tensors and numbers are unpickled."""
     try:
         seed = torch.load(seed_file, map_location="cpu", weights_only=True)
-        rows = seed["embeddings"].float().numpy()
+        rows = seed["embeddings"].float()
         step, start, count = (int(seed[name]) for name in ("step", "wake_start", "num_wake"))
     except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:150]
-        raise SentryError(
+        raise UserError(
             f"{seed_file}: no sentry of the original notebooks, which hold 'embeddings', 'step',"
-            f" 'wake_start' and 'num_wake' ({type(error).__name__}: {reason})"
+            f" 'wake_start' and 'num_wake' ({type(error).__name__}: {one_line(error)[:150]})"
         ) from None
     if rows.ndim != 2 or len(rows) != count or step < 0:
-        raise SentryError(f"{seed_file}: {rows.shape} rows, num_wake {count}, step {step}")
-    if not numpy.isfinite(rows).all():
-        raise SentryError(f"{seed_file}: 'embeddings' holds NaN or infinity")
+        raise UserError(f"{seed_file}: {tuple(rows.shape)} rows, num_wake {count}, step {step}")
+    if not rows.isfinite().all():
+        raise UserError(f"{seed_file}: 'embeddings' holds NaN or infinity")
     return rows, step, start
 
 
+# ---- Command line --------------------------------------------------------------------------------
+
+
 def main(*argv: str) -> None:
-    """Run one command. Raises: SentryError, OSError (a full disk); the guard prints them."""
-    commands = {"export": export, "neighbours": neighbours, "import": import_seed}
+    """Run one command. Raises: UserError, also for what the disk refuses."""
+    commands = {
+        "export": export, "generate": generate, "neighbours": neighbours, "import": import_seed,
+    }  # fmt: skip
     command = argv[0] if argv and argv[0] in commands else ""
     name, style = f"recover.py {command}".strip(), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=style)
@@ -995,20 +1129,32 @@ def main(*argv: str) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     if command == "export":
         parser.add_argument("out", type=Path, metavar="OUT")
-        forms = ("rows", "peft", "merged")
-        parser.add_argument("--format", dest="form", choices=forms, required=True)
+        parser.add_argument("--format", dest="form", choices=LOADING, required=True)
         parser.add_argument("--force", action="store_true", help="write though OUT has files")
     if command == "neighbours":
         parser.add_argument("asked", nargs="*", metavar="word", help="default: the 5 most moved")
         parser.add_argument("--num", type=int, default=10, help="neighbours of each kind (10)")
+    if command == "generate":
+        parser.add_argument("prompt", nargs="?", help="default: ask for one after another")
+        for option, kind, meaning in (
+            ("--temperature", float, "0: always the likeliest token (1.0)"),
+            ("--top-p", float, "share of the probability that tokens are drawn from (0.95)"),
+            ("--max-new-tokens", int, "(200)"),
+            ("--seed", int, "(the run's own)"),
+        ):  # if it is not given, the function's own default holds
+            parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=meaning)
+        what = "first what the untouched model writes"
+        parser.add_argument("--base-model-too", action="store_true", help=what)
+    if command in ("export", "generate", "neighbours"):
+        parser.add_argument("--step", type=int, help="the sentry of this step (the newest)")
     if command:
         parser.add_argument("--base", metavar="FOLDER", help="the base model, where it moved")
     arguments = vars(parser.parse_intermixed_args(argv[1:] if command else argv))
-    commands.get(command, list_saves)(**arguments)
+    try:
+        commands.get(command, list_saves)(**arguments)
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise UserError(one_line(error)) from error
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    try:
-        main(*sys.argv[1:])
-    except (SentryError, OSError) as error:
-        sys.exit(str(error))
+    raise SystemExit(run_command(main, *sys.argv[1:]))

@@ -1,17 +1,15 @@
-"""What every test process starts with, whichever files it runs (-n 2 shares them out).
+"""Prepare every test process, whichever files it runs (-n 2 shares them out).
 
-One thread each: threads of two runs that wait for each other on shared cores make both many times
-as long. And the shims that the installed versions need, so that no command started from here is the
-first to report them: exact output is compared, and pytest's own last line stays the last.
+Two runs side by side get one thread each. Threads of both on shared cores would wait for each other
+and make both runs many times as long. The shims that the installed versions need are put in here,
+without their lines: tests compare exact output, and no command started from a test is the first to
+report a shim.
 """
 
-import contextlib
-import io
 import os
 
 from env_shim import apply
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-with contextlib.redirect_stdout(io.StringIO()):
-    apply()
+apply(verbose=False)

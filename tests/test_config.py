@@ -1,16 +1,25 @@
-"""The settings: what YAML and command line may say, and the exact line for each thing they may not.
+"""Proves that wrong settings end in exact lines, and that a file is replaced whole or not at all.
 
-python -m pytest tests/test_config.py
+    python -m pytest tests/test_config.py        (3 s on 2 CPU cores, 2026-11-25)
+
+Settings: what YAML and command line may say, and the line for each thing they may not say. Files:
+a child process is killed at each of its file operations, one after the other.
 """
 
 import dataclasses
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from extend_tokenizer import (
-    ALIASES, Config, ConfigError, command_line_parser, config_table, load_config, nearest_key,
-    run_command,
+from config import (
+    ALIASES, Config, UserError, command_line_parser, config_table, load_config, nearest_key,
+    read_json, replacing, run_command, sync, write_config, write_json, write_text,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +39,8 @@ def load(tmp_path):
 
 
 def problems(load, *arguments, **keys) -> list[str]:
-    """The error lines without the path in front of each."""
-    with pytest.raises(ConfigError) as caught:
+    """Return the error lines without the path that stands in front of each."""
+    with pytest.raises(UserError) as caught:
         load(*arguments, **keys)
     heads, lines = zip(*(problem.split("a.yaml: ", 1) for problem in caught.value.problems))
     assert len(set(heads)) == 1 and str(caught.value) == "\n".join(caught.value.problems)
@@ -43,18 +52,30 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_loads(path):
-    config = load_config(path)
-    assert config.model_name and config.run_dir
+def test_every_config_loads_and_comes_back_from_a_run_folder(path, tmp_path):
+    config = load_config(path, f"run_dir={tmp_path}")
+    assert config.model_name and load_config(path).run_dir
+    write_config(config)
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_defaults(load):
     config = load("")
     assert config == Config(model_name="m", lexicon="w.txt", corpus="t.txt", run_dir="runs/a")
     assert config.corpus == ("t.txt",) and config.prompts == ()
-    assert (config.token_matching, config.learning_rate, config.seq_len) == ("spaced", 5e-4, 128)
+    assert (config.token_matching, config.learning_rate, config.seq_len) == ("spaced", 2e-3, 128)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
+
+
+def test_which_keys_make_another_run():
+    """A run can be continued with other values of every key but these."""
+    fields = dataclasses.fields(Config)
+    assert {field.name for field in fields if field.metadata["changes_run"]} == {
+        "model_name", "model_revision", "quantization", "token_matching", "init", "init_radius",
+        "output_rows", "seq_len", "effective_batch_size", "learning_rate", "warmup_ratio",
+        "row_coupling", "kin_coupling", "max_grad_norm", "val_fraction", "seed",
+    }  # fmt: skip
 
 
 def test_everything_wrong_is_told_at_once(load):
@@ -178,14 +199,14 @@ def test_files_that_hold_no_keys(load, text):
 
 
 def test_unreadable_files(load, tmp_path):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load_config(tmp_path / "gone.yaml")
     line = f"{tmp_path / 'gone.yaml'}: no such file; give the path of a YAML config"
     assert str(caught.value) == line
     assert problems(load, "a: [b\n")[0].startswith("not a readable YAML file: while parsing a flow")
     (tmp_path / "b.yaml").write_bytes(b"seed: \xff\n")
     for path in (tmp_path, tmp_path / "b.yaml"):
-        with pytest.raises(ConfigError, match="not a readable YAML file: .*(directory|0xff)"):
+        with pytest.raises(UserError, match="not a readable YAML file: .*(directory|0xff)"):
             load_config(path)
     assert load("", required="\ufeff" + REQUIRED) == load("")  # as Windows writes it
 
@@ -195,7 +216,7 @@ def test_config_made_in_a_cell():
     config = Config(**keys, seq_len=64, learning_rate=1, gradient_checkpointing=True)
     assert (config.model_name, config.corpus, config.run_dir) == ("m", ("t",), "r")
     assert config.learning_rate == 1.0 and config.gradient_checkpointing == "true"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         wrong = {"corpus": [], "seq_len": True, "sentry_dir": False, "tensorboard": None}
         Config(**keys | wrong, learning_rate=float("nan"))
     assert caught.value.problems == (
@@ -219,7 +240,7 @@ def test_help_and_table_hold_every_key():
 
 def test_run_command(capsys):
     def fail():
-        raise ConfigError("one", "two")
+        raise UserError("one", "two")
 
     assert run_command(fail) == 1 and capsys.readouterr().err == "one\ntwo\n"
     assert run_command(len, "abc") == 0
@@ -233,3 +254,206 @@ def test_an_interrupt_is_one_line_and_status_1(capsys):
 
     assert run_command(interrupted) == 1
     assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_an_error_that_is_no_user_error_keeps_its_traceback():
+    error = UserError("one", "two")
+    assert error.problems == ("one", "two") and str(error) == "one\ntwo"
+    with pytest.raises(ValueError, match="x"):
+        run_command(int, "x")
+
+
+def test_importing_the_settings_imports_nothing_big():
+    code = "import sys, config; print(*{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+# Files
+
+
+def write_new(path: Path, is_folder: bool, text: str) -> None:
+    """Replace `path` by a file with `text`, or by a folder with three files of it, one nested."""
+    with replacing(path) as part:
+        if is_folder:
+            (part / "inner").mkdir(parents=True)
+            for name in ("a", "b", "inner/c"):
+                (part / name).write_text(text, encoding="utf-8")
+        else:
+            part.write_text(text, encoding="utf-8")
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Map every file at or below `path` to its text; {} if there is none."""
+    files = [path, *path.rglob("*")]
+    return {str(f.relative_to(path)): f.read_text("utf-8") for f in files if f.is_file()}
+
+
+KINDS = pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+WHOLE = {False: ["."], True: ["a", "b", "inner/c"]}
+
+
+@KINDS
+def test_replacing_makes_and_replaces_and_leaves_nothing_else(tmp_path, is_folder):
+    path = tmp_path / "x.y"
+    for text in ("first", "second"):
+        write_new(path, is_folder, text)
+        assert contents(path) == dict.fromkeys(WHOLE[is_folder], text)
+        assert os.listdir(tmp_path) == ["x.y"]
+
+
+def test_a_folder_replaces_a_file(tmp_path):
+    write_new(tmp_path / "x.y", False, "file")
+    write_new(tmp_path / "x.y", True, "folder")
+    assert contents(tmp_path / "x.y") == dict.fromkeys(WHOLE[True], "folder")
+    assert os.listdir(tmp_path) == ["x.y"]
+
+
+def killed_at(operation: int, path: Path, is_folder: bool) -> bool:
+    """Replace `path` in a child process that SIGKILLs itself before its n-th file operation."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    remaining = iter(range(operation))
+
+    def watch(event, arguments):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+            if next(remaining, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    write_new(path, is_folder, "new")
+    os._exit(0)
+
+
+@KINDS
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_kill_at_any_operation_leaves_the_old_or_the_new(tmp_path, is_folder, is_there):
+    path, names = tmp_path / "x.y", WHOLE[is_folder]
+    old, new = dict.fromkeys(names, "old") if is_there else {}, dict.fromkeys(names, "new")
+    seen, operation, killed = [], 0, True
+    while killed:
+        for found in tmp_path.iterdir():
+            subprocess.run(["rm", "-r", found], check=True)
+        if is_there:
+            write_new(path, is_folder, "old")
+        killed = killed_at(operation, path, is_folder)
+        operation += 1
+        found = contents(path)
+        if is_folder and is_there and not path.exists():  # between the two renames
+            found = contents(tmp_path / ".x.y.old")
+            seen.append("between")
+        assert found in (old, new), operation
+        seen.append("new" if found == new else "old")
+        # The next call tells the caller the old state, and leaves nothing of the kill behind.
+        with pytest.raises(ZeroDivisionError), replacing(path):
+            raise ZeroDivisionError
+        assert contents(path) == found and set(os.listdir(tmp_path)) <= {"x.y"}
+    assert seen[0] == "old" and seen[-1] == "new" and operation > 3
+    assert seen.count("between") == (is_folder and is_there)
+
+
+@KINDS
+@pytest.mark.parametrize("left", ["file", "folder"])
+def test_what_a_kill_left_gets_into_nothing(tmp_path, is_folder, left):
+    path = tmp_path / "x.y"
+    write_new(path, is_folder, "old")
+    for name in (".x.y.part", ".x.y.old"):
+        if left == "folder":
+            (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / ("stale" if left == "folder" else "")).write_text("stale", "utf-8")
+    write_new(path, is_folder, "new")
+    assert contents(path) == dict.fromkeys(WHOLE[is_folder], "new")
+    assert os.listdir(tmp_path) == ["x.y"]
+
+
+@KINDS
+def test_an_exception_leaves_what_was_there(tmp_path, is_folder, monkeypatch):
+    path = tmp_path / "x.y"
+    write_new(path, is_folder, "old")
+
+    def fail(*arguments, **keys):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("pathlib.Path.write_text", "config.sync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(OSError, match="No space left"):
+                write_new(path, is_folder, "new")
+        assert contents(path) == dict.fromkeys(WHOLE[is_folder], "old"), name
+        assert os.listdir(tmp_path) == ["x.y"], name
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.mkdir()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["x.y"]
+
+
+@KINDS
+def test_contents_are_on_the_disk_before_names_and_names_before_the_old_goes(
+    tmp_path, is_folder, monkeypatch
+):
+    path, calls, sync_now, rmtree = tmp_path / "x.y", [], sync, shutil.rmtree
+    write_new(path, is_folder, "old")
+    rename, replace = os.rename, os.replace
+
+    def record(what, act):
+        def recorded(*arguments, **keys):
+            calls.append((what, *(Path(a).relative_to(tmp_path).as_posix() for a in arguments)))
+            return act(*arguments, **keys)
+
+        return recorded
+
+    monkeypatch.setattr("config.sync", record("sync", sync_now))
+    monkeypatch.setattr("os.rename", record("rename", rename))
+    monkeypatch.setattr("os.replace", record("rename", replace))
+    monkeypatch.setattr("shutil.rmtree", record("rmtree", rmtree))
+    write_new(path, is_folder, "new")
+    inner = ["", "/a", "/b", "/inner", "/inner/c"] if is_folder else [""]
+    count = len(inner)
+    assert sorted(calls[:count]) == [("sync", f".x.y.part{name}") for name in inner]
+    aside, away = [("rename", "x.y", ".x.y.old")], [("rmtree", ".x.y.old")]
+    expected = [
+        *aside * is_folder,
+        ("rename", ".x.y.part", "x.y"),
+        ("sync", "."),
+        *away * is_folder,
+    ]
+    assert calls[count:] == expected
+
+
+def test_sync_asks_for_the_disk_and_tolerates_folders_that_cannot(tmp_path, monkeypatch):
+    file, asked = tmp_path / "a", []
+    file.write_bytes(b"a")
+
+    def answering(code):
+        def fsync(descriptor):
+            asked.append(os.fstat(descriptor).st_ino)
+            if code:
+                raise OSError(code, os.strerror(code))
+
+        return fsync
+
+    def sync_answered(path, code):
+        monkeypatch.setattr("os.fsync", answering(code))
+        sync(path)
+
+    for code in (0, errno.EINVAL, errno.ENOTSUP):
+        sync_answered(tmp_path, code)
+    sync_answered(file, 0)
+    for path, code in [(tmp_path, errno.EIO), (file, errno.EINVAL), (file, errno.EIO)]:
+        with pytest.raises(OSError) as caught:
+            sync_answered(path, code)
+        assert caught.value.errno == code
+    folder_then_file = [tmp_path.stat().st_ino, file.stat().st_ino]
+    assert asked == [i for i, n in zip(folder_then_file * 2, (3, 1, 1, 2)) for _ in range(n)]
+
+
+def test_text_and_json_come_back(tmp_path):
+    write_text(tmp_path / "a.txt", "é\r\n☂\n")
+    assert (tmp_path / "a.txt").read_bytes() == "é\r\n☂\n".encode()
+    value = {"é": [1, None, "☂"], "b": {"c": 0.1}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "☂" in (tmp_path / "a.json").read_text("utf-8")
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.txt"]

@@ -1,32 +1,34 @@
-"""Proves what the YAML files in configs/ promise: they load, share a recipe, say what differs.
+"""Proves what the YAML files in configs/ promise: they share a recipe and say what differs.
 
-    python -m pytest tests/test_configs_share.py        (2 s on 2 CPU cores, 2026-11-22)
+    python -m pytest tests/test_configs_share.py        (8 s on 2 CPU cores, 2026-11-25)
 
 The memory estimates in the comments are compared with what `train.py --dry-run` computes.
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from extend_tokenizer import load_config
+from config import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = ["llama3b", "llama8b", "mistral7b", "qwen14b", "smollm2", "tinyllama"]
-# hidden, layers, heads, key-value heads, MLP width, table rows, tied head, new words of 44,990
+# model type, hidden, layers, heads, key-value heads, MLP width, table rows, tied head, new words of
+# a lexicon of 44,990
 SHAPES = {
-    "smollm2": (576, 30, 9, 3, 1536, 49152, True, 44_300),
-    "tinyllama": (2048, 22, 32, 4, 5632, 32000, False, 44_585),
-    "llama3b": (3072, 28, 24, 8, 8192, 128256, True, 44_195),
-    "llama8b": (4096, 32, 32, 8, 14336, 128256, False, 44_195),
-    "mistral7b": (4096, 32, 32, 8, 14336, 32000, False, 44_585),
-    "qwen14b": (5120, 48, 40, 8, 13824, 152064, False, 44_223),
-    "qwen14b_devlog": (5120, 48, 40, 8, 13824, 152064, False, 44_223),
+    "smollm2": ("llama", 576, 30, 9, 3, 1536, 49152, True, 44_300),
+    "tinyllama": ("llama", 2048, 22, 32, 4, 5632, 32000, False, 44_585),
+    "llama3b": ("llama", 3072, 28, 24, 8, 8192, 128256, True, 44_195),
+    "llama8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 44_195),
+    "mistral7b": ("mistral", 4096, 32, 32, 8, 14336, 32000, False, 44_585),
+    "qwen14b": ("qwen2", 5120, 48, 40, 8, 13824, 152064, False, 44_223),
+    "qwen14b_devlog": ("qwen2", 5120, 48, 40, 8, 13824, 152064, False, 44_223),
 }
 SHAPE_KEYS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
 
@@ -90,12 +92,13 @@ def test_each_config_says_what_it_needs_and_holds_no_absolute_path(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_memory_estimate_is_the_memory_plans(name):
-    from train import memory_plan
+def test_the_memory_estimate_is_the_memory_plans(name, tmp_path):
+    from machine import memory_plan, model_without_weights
 
     *shape, num_new = SHAPES[name]
-    config = load_config(CONFIGS / f"{name}.yaml")
+    (tmp_path / "config.json").write_text(json.dumps(dict(zip(SHAPE_KEYS, shape))), "utf-8")
+    config = load_config(CONFIGS / f"{name}.yaml", f"model_name={tmp_path}")
     micro = 16 if config.micro_batch_size == "auto" else config.micro_batch_size
-    plan = memory_plan(dict(zip(SHAPE_KEYS, shape)), num_new, config, micro)["total"]
+    plan = memory_plan(model_without_weights(config), num_new, config, micro)["total"]
     said = float(re.search(r"an estimate.*?: ([\d.]+) GiB", text_of(name))[1])
     assert said == pytest.approx(plan, rel=0.1, abs=0.3)  # the comment is rounded

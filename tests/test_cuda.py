@@ -1,10 +1,11 @@
-"""What only a CUDA GPU shows: memory, fused work, CUDA graphs, float16, two cards. Else skipped.
+"""Proves what only a CUDA GPU shows: memory, fused pieces, CUDA graphs, float16, two cards.
 
-    python -m pytest tests/test_cuda.py
+    python -m pytest tests/test_cuda.py     (without a GPU all of it is skipped)
 
 GPU kernels add in an order of their own, so runs are compared within a tolerance.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,86 +14,88 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bench_14b import CardInputs
-from tiny_models import save_folder, step_losses, write_words
+from tiny_models import save_folder, step_losses, tiny_settings
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+import machine
 import train
-from extend_tokenizer import Config
+from config import Config
+from extend_tokenizer import plan_new_words, read_corpus
 from overlay import chunked_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ROOT = Path(__file__).resolve().parent.parent
+NUM_LAYERS = 6
 SHAPE = {
-    "vocab_size": 264, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
-    "bos_token_id": None, "eos_token_id": None,
+    "vocab_size": 264, "hidden_size": 512, "intermediate_size": 2048,
+    "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+KEEP_ALL = {"compile": "false", "gradient_checkpointing": "false"}
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory) -> dict:
-    """Settings of a short run: a random Qwen2 of 27 million weights, large enough to fill MiB."""
+def settings(tmp_path_factory) -> dict:
+    """Give the settings of a short run: a random Qwen2 of 23 million weights, which fill MiB."""
     folder = tmp_path_factory.mktemp("cuda")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
-    return {
-        "model_name": str(save_folder(model, folder / "model")), **write_words(folder),
-        "device": "cuda", "seq_len": 64, "effective_batch_size": 32, "max_steps": 8,
-        "learning_rate": 0.01, "log_every": 1, "eval_every": 8, "save_every": 4,
-        "snapshot_every": 4, "prompts": ["the glimock saw"],
-    }  # fmt: skip
+    return tiny_settings(
+        folder, model_name=str(save_folder(model, folder / "large")), device="cuda",
+        quantization="nf4", seq_len=64, effective_batch_size=32, micro_batch_size="auto",
+        eval_every=8, save_every=4, prompts=["the glimock saw"],
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def whole_card():
+    """Let the next test have all of the card, whatever this one capped or kept."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
+    machine.free_cached_memory()
 
 
-def run(values: dict, run_dir: Path, **changes) -> list[float]:
-    train.train(Config(**{**values, "run_dir": str(run_dir), **changes}))
+def run(settings: dict, run_dir: Path, **changes) -> list[float]:
+    train.train(Config(**{**settings, "run_dir": str(run_dir), **changes}))
     return step_losses(run_dir)
 
 
 @pytest.fixture(scope="module")
-def eager(values, tmp_path_factory) -> list[float]:
-    """Losses without fused work, CUDA graphs or recomputed layers, in one micro-batch."""
-    folder = tmp_path_factory.mktemp("eager")
-    return run(values, folder, compile="false", gradient_checkpointing="false")
+def eager(settings, tmp_path_factory) -> list[float]:
+    """Give the losses without fused pieces, graphs or recomputed layers, in one micro-batch."""
+    return run(settings, tmp_path_factory.mktemp("eager"), **KEEP_ALL)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, num_recomputed, remarks",
     [
-        {"compile": "false", "gradient_checkpointing": "true"},
-        {"gradient_checkpointing": "true"},
-        {"micro_batch_size": 8},
-        {"compute_dtype": "float16"},
-        {},
+        ({}, 0, "fused, as CUDA graphs"),
+        ({"gradient_checkpointing": "true"}, NUM_LAYERS, "fused, as CUDA graphs"),
+        ({"gradient_checkpointing": "false"}, 0, "fused, as CUDA graphs"),
+        ({"micro_batch_size": 8}, 0, "fused, as CUDA graphs"),
+        ({"compute_dtype": "float16"}, 0, "fused"),
+        ({"compile": "false", "gradient_checkpointing": "true"}, NUM_LAYERS, ""),
     ],
     ids=str,
 )
-def test_every_way_to_run_a_step_gives_the_same_losses(values, eager, tmp_path, capsys, changes):
-    found = run(values, tmp_path / "run", **changes)
+def test_every_way_to_run_a_step_gives_the_same_losses(
+    settings, eager, tmp_path, capsys, changes, num_recomputed, remarks
+):
+    found = run(settings, tmp_path / "run", **changes)
     assert found == pytest.approx(eager, rel=5e-3)
-    says = capsys.readouterr().out
-    assert ("as CUDA graphs" in says) == (
-        "compute_dtype" not in changes and "compile" not in changes
-    )
-    assert (", fused" in says) == ("compile" not in changes)
-    recomputed = 6 if changes.get("gradient_checkpointing") == "true" else 0
-    assert f"{recomputed} of 6 layers recomputed" in says
+    said = f"{num_recomputed} of {NUM_LAYERS} layers recomputed"
+    said += f", {remarks}\n" if remarks else "\n"
+    assert said in capsys.readouterr().out
 
 
 def test_out_of_memory_in_mid_run_halves_the_micro_batch(
-    values, eager, tmp_path, monkeypatch, capsys
+    settings, eager, tmp_path, monkeypatch, capsys
 ):
-    """A real one: after three steps the allocator may take half of what a step takes."""
-    real, steps = train.accumulate, []
+    """Memory really runs out: from step 4 on the allocator may take half of what a step takes."""
+    real, steps = machine.accumulate, []
 
-    def accumulate(batch, *rest):
+    def accumulate(plan, batch, *rest):
         if not steps or steps[-1] is not batch:
             steps.append(batch)
             if len(steps) == 2:
@@ -103,71 +106,70 @@ def test_out_of_memory_in_mid_run_halves_the_micro_batch(
                 limit = torch.cuda.memory_reserved() + (most - stays) // 2
                 total = torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(limit / total)
-        return real(batch, *rest)
+        return real(plan, batch, *rest)
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
-    found = run(values, tmp_path / "run", compile="false", gradient_checkpointing="false")
+    monkeypatch.setattr(machine, "accumulate", accumulate)
+    found = run(settings, tmp_path / "run", **KEEP_ALL)
     assert found == pytest.approx(eager, rel=5e-3)
-    assert "step 4: out of GPU memory; the step is repeated with micro_batch_size 16" in (
-        capsys.readouterr().out
-    )
+    line = "step 4: out of GPU memory; repeated with micro_batch_size 16 and all layers recomputed"
+    assert line in capsys.readouterr().out
 
 
 def test_out_of_memory_in_a_capture_leaves_a_run_without_graphs(
-    values, eager, tmp_path, monkeypatch, capsys
+    settings, eager, tmp_path, monkeypatch, capsys
 ):
-    """In the midst of a backward pass, with a layer's input on its way."""
-    real, passes = train.HostInputs.take, []
+    """Memory runs out in the midst of a backward pass, while its third layer is recomputed."""
+    real, captured = Qwen2DecoderLayer.forward, []
 
-    def take(inputs, number):
-        hidden_states = real(inputs, number)
-        if torch.cuda.is_current_stream_capturing() and number == 3:
-            passes.append(1)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return hidden_states
+    @functools.wraps(real)
+    def forward(*arguments, **keywords):
+        if torch.cuda.is_current_stream_capturing():
+            captured.append(1)
+            if len(captured) == NUM_LAYERS + 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **keywords)
 
-    monkeypatch.setattr(train.HostInputs, "take", take)
-    found = run(values, tmp_path / "run", gradient_checkpointing="true")
-    assert found == pytest.approx(eager, rel=5e-3) and len(passes) == 1
-    assert ", fused, not as CUDA graphs: out of memory" in capsys.readouterr().out
-
-
-def test_inputs_of_recomputed_layers_leave_the_card(values):
-    """Six layers' inputs, 64 x 128 x 512 bf16: 8 MiB each; five of them are elsewhere."""
-    config = Config(**{**values, "run_dir": "-", "quantization": "none"})
-    place = train.find_place(config)
-    model = train.load_model(config, place)
-    found = []
-    for inputs in (CardInputs, train.HostInputs):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "HostInputs", inputs)
-            train.recompute_layers(model.model, 6)
-        embeds = torch.randn(64, 128, 512, device="cuda", dtype=place.dtype, generator=seeded())
-        embeds.requires_grad_()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        hidden_states = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        kept_mib = (torch.cuda.memory_allocated() - before) / 2**20
-        (grad,) = torch.autograd.grad(hidden_states.float().square().mean(), embeds)
-        found.append((kept_mib, grad.float()))
-    assert found[0][0] - found[1][0] > 4.5 * 8
-    difference = (found[0][1] - found[1][1]).abs().max() / found[0][1].abs().max()
-    assert difference < 1e-2
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", forward)
+    found = run(settings, tmp_path / "run", gradient_checkpointing="true")
+    assert found == pytest.approx(eager, rel=5e-3) and len(captured) == NUM_LAYERS + 3
+    assert ", fused, not as CUDA graphs: out of memory\n" in capsys.readouterr().out
 
 
 def seeded() -> torch.Generator:
     return torch.Generator("cuda").manual_seed(0)
 
 
+def test_a_recomputed_layer_keeps_little_more_than_its_input(settings):
+    """Six inputs of 64 x 128 x 512 in bfloat16 are 48 MiB. Without recomputing a layer keeps about
+    160 MiB (by arithmetic)."""
+    config = Config(**{**settings, "run_dir": "-", "quantization": "none"})
+    body = train.load_model(config, machine.find_worker(config)).model
+    shape = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    kept_bytes, grads = [], []
+    for num_recomputed in (0, NUM_LAYERS):
+        machine.recompute_layers(body, num_recomputed)
+        embeds = torch.randn(64, 128, 512, generator=seeded(), **shape)
+        before = torch.cuda.memory_allocated()
+        hidden_states = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        kept_bytes.append(torch.cuda.memory_allocated() - before)
+        loss = hidden_states.float().square().mean()
+        grads.append(torch.autograd.grad(loss, embeds)[0].float())
+        del hidden_states, loss
+    assert kept_bytes[1] < kept_bytes[0] / 4
+    assert (grads[0] - grads[1]).abs().max() < 1e-2 * grads[0].abs().max()
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_the_input_table_never_comes_to_the_card(values, quantization):
-    config = Config(**{**values, "run_dir": "-", "quantization": quantization})
-    model = train.load_model(config, train.find_place(config))
-    assert model.get_input_embeddings().weight.device.type == "cpu"
-    assert model.lm_head.weight.device.type == "cuda"
-    assert {p.device.type for p in model.model.layers.parameters()} == {"cuda"}
-    assert not [m for m in model.modules() if hasattr(m, "_hf_hook")]
-    quantized = type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+def test_the_input_table_waits_on_the_host_and_all_else_is_on_the_card(settings, quantization):
+    config = Config(**{**settings, "run_dir": "-", "quantization": quantization})
+    words = plan_new_words(config, read_corpus(config))
+    overlay = train.build_overlay(config, machine.find_worker(config), words, continuing=False)
+    assert overlay.embedding.weight.device.type == "cpu"
+    weights = [overlay.head.weight, overlay.input_rows, overlay.output_rows]
+    weights += overlay.body.layers.parameters()
+    assert {weight.device.type for weight in weights} == {"cuda"}
+    assert not [m for m in overlay.model.modules() if hasattr(m, "_hf_hook")]
+    quantized = type(overlay.body.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert quantized == (quantization == "nf4")
 
 
@@ -188,26 +190,25 @@ def test_the_chunked_loss_against_float64(dtype, tolerance):
         assert (ours - theirs).abs().max() / theirs.abs().max() < tolerance
 
 
-def test_a_stopped_run_continues(values, eager, tmp_path):
-    values = {**values, "compile": "false", "gradient_checkpointing": "false"}
-    run_dir = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "step_line", stop_after_four)
-        assert train.train(Config(**values, run_dir=str(run_dir)))["stopped"] == "SIGTERM"
-    assert train.train(Config(**values, run_dir=str(run_dir)))["step"] == 8
-    assert step_losses(run_dir) == pytest.approx(eager, rel=5e-3)
-
-
 def stop_after_four(record: dict, _run, line=train.step_line) -> str:
     if record["step"] == 4:
         os.kill(os.getpid(), 15)
     return line(record, _run)
 
 
+def test_a_stopped_run_continues(settings, eager, tmp_path, monkeypatch):
+    config = Config(**{**settings, **KEEP_ALL, "run_dir": str(tmp_path / "run")})
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step_line", stop_after_four)
+        assert train.train(config)["stopped"] == "SIGTERM"
+    assert train.train(config)["step"] == 8
+    assert step_losses(tmp_path / "run") == pytest.approx(eager, rel=5e-3)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_two_cards_take_the_same_steps(values, eager, tmp_path):
+def test_two_cards_take_the_same_steps(settings, eager, tmp_path):
     config = tmp_path / "two.yaml"
-    config.write_text(yaml.safe_dump({**values, "run_dir": str(tmp_path / "run")}))
+    config.write_text(yaml.safe_dump({**settings, "run_dir": str(tmp_path / "run")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
     subprocess.run([*command, str(config)], cwd=ROOT, check=True)
     assert step_losses(tmp_path / "run") == pytest.approx(eager, rel=5e-3)

@@ -1,400 +1,263 @@
-"""Proves that each patch of env_shim answers its symptom alone, and what the doctor says.
+"""Proves that each patch of env_shim answers its symptom alone, and what check and doctor say.
 
-    python -m pytest -q tests/test_env_shim.py                         offline, seconds
+    python -m pytest -q tests/test_env_shim.py                         offline, 60 s on busy cores
     WAKE2VEC_REALENV=1 python -m pytest -q tests/test_env_shim.py -m realenv
                       the triton.ops failure and its cure with the real packages: 143 s, 2.3 GB
 
-Fake packages stand in a folder of their own; `python -S` imports them and sees nothing else.
+A machine is pretended with a folder of fake packages: `python -S` imports them and sees nothing
+else. Its Python and its environment variables are real.
 """
 
 import ast
 import os
+import platform
 import re
 import subprocess
 import sys
-import types
 import venv
 from pathlib import Path
 
 import pytest
 
 import env_shim
-import run_matrix
 
 ROOT = Path(env_shim.__file__).parent
-HEAVY = {"torch", "transformers", "accelerate", "bitsandbytes", "triton", "matplotlib", "yaml"}
 OLD_COLAB = {
-    "torch": "2.9.0+cu126",
-    "transformers": "4.57.6",
-    "accelerate": "1.12.0",
-    "bitsandbytes": "0.45.0",
-    "pyyaml": "6.0.3",
-    "matplotlib": "3.10.0",
-}
-NEW_COLAB = {**OLD_COLAB, "transformers": "5.0.0", "bitsandbytes": "0.49.1"}
+    "torch": "2.9.0+cu126", "transformers": "4.57.6", "safetensors": "0.7.0",
+    "accelerate": "1.12.0", "bitsandbytes": "0.45.0", "pyyaml": "6.0.3", "matplotlib": "3.10.0",
+}  # fmt: skip
+NEW_COLAB = OLD_COLAB | {"transformers": "5.0.0", "safetensors": "0.8.0", "bitsandbytes": "0.49.1"}
+NEWEST = {package: newest for package, (_, newest) in env_shim.SUPPORTED.items()}
+# The lines of the four patches.
+STAND_IN = "bitsandbytes 0.45.0: stand-in for triton.ops, which this bitsandbytes imports"
+ONE_BY_ONE = "transformers 5.0.0: HF_DEACTIVATE_ASYNC_LOAD=1, loads weights one by one"
+SEGMENTS = "PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmented GPU memory"
+CPU_LAYERS = "bitsandbytes 0.45.0: accelerate may prepare a model with layers on the CPU"
+VARIABLES = ("HF_DEACTIVATE_ASYNC_LOAD", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-@pytest.fixture(autouse=True)
-def no_patch_before_or_after(monkeypatch):
-    for name in ("HF_DEACTIVATE_ASYNC_LOAD", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(env_shim, "ACTIVE_PATCHES", {})
-    yield
-    env_shim.remove()
-
-
-def fake_torch(version: str, gpus: tuple = (), cuda_is_up: bool = False) -> types.SimpleNamespace:
-    cuda = types.SimpleNamespace(
-        is_available=lambda: bool(gpus),
-        is_initialized=lambda: cuda_is_up,
-        device_count=lambda: len(gpus),
-        get_device_properties=lambda index: gpus[index],
-    )
-    return types.SimpleNamespace(__version__=version, cuda=cuda)
-
-
-def gpu(name: str, gib: float, major: int, minor: int) -> types.SimpleNamespace:
-    memory = int(gib * 2**30)
-    return types.SimpleNamespace(name=name, total_memory=memory, major=major, minor=minor)
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Make this process look like a machine with these packages, Python 3.12.11, and these GPUs."""
-
-    def pretend(versions: dict, colab: bool = False, gpus: tuple = (), cuda_is_up: bool = False):
-        monkeypatch.setattr(env_shim, "installed_version", lambda name: versions.get(name, ""))
-        monkeypatch.setattr(env_shim.platform, "python_version", lambda: "3.12.11")
-        monkeypatch.setattr(env_shim, "has_nvidia_driver", lambda: bool(gpus))
-        monkeypatch.setattr(env_shim.sys, "platform", "linux")
-        for name in env_shim.SUPPORTED:
-            monkeypatch.setitem(sys.modules, name, None)
-        torch = fake_torch(versions["torch"], gpus, cuda_is_up) if "torch" in versions else None
-        monkeypatch.setitem(sys.modules, "torch", torch)
-        monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-        if colab:
-            monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-
-    return pretend
-
-
-# ---- triton.ops ----------------------------------------------------------------------------------
-
-
-def make_site(folder: Path, versions: dict, files: dict) -> Path:
-    """A folder of fake packages: their recorded versions, and files given as path -> text."""
+def make_site(folder: Path, versions: dict, files: dict | None = None) -> Path:
+    """Make a folder of fake packages: their recorded versions, and files given as path -> text."""
     for name, version in versions.items():
         info = folder / f"{name}-{version}.dist-info" / "METADATA"
         info.parent.mkdir(parents=True)
         info.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
-    for path, text in files.items():
+    for path, text in (files or {}).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
     return folder
 
 
+def fake_torch(*gpus: dict) -> dict:
+    """Give the files of a torch that sees these GPUs."""
+    cuda = f"""
+from types import SimpleNamespace
+def is_available(): return bool({gpus!r})
+def is_initialized(): return False
+def device_count(): return {len(gpus)}
+def get_device_properties(index): return SimpleNamespace(**{gpus!r}[index])
+"""
+    return {"torch/__init__.py": "from . import cuda\n", "torch/cuda.py": cuda}
+
+
+def run(site: Path, code: str, *, driver: bool = False, real: bool = False, **variables: str):
+    """Run code beside env_shim, with the packages of `site` alone or before the real ones."""
+    hidden = (*VARIABLES, "COLAB_RELEASE_TAG")
+    environment = {name: text for name, text in os.environ.items() if name not in hidden}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), **variables}
+    start = f"import os, sys, env_shim\nenv_shim.has_nvidia_driver = lambda: {driver}\n"
+    command = [sys.executable, *([] if real else ["-S"]), "-B", "-c", start + code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def output(site: Path, code: str, **settings) -> str:
+    done = run(site, code, **settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- When the patches act ------------------------------------------------------------------------
+
 TRITON = {"triton/__init__.py": ""}
+QUESTION = "is_bitsandbytes_multi_backend_available"
+ACCELERATE = {
+    "accelerate/__init__.py": "",
+    "accelerate/utils.py": f"def {QUESTION}(): return False\n",
+    "accelerate/accelerator.py": f"from .utils import {QUESTION}\n",
+}
+OPS_BY_HAND = """import types
+ops, model = types.ModuleType("triton.ops"), types.ModuleType("triton.ops.matmul_perf_model")
+sys.modules.update({"triton.ops": ops, "triton.ops.matmul_perf_model": model})"""
+OLD = {"bitsandbytes": "0.45.0"}
+TORCH, TORCH_FILES = {"torch": "2.9.0"}, fake_torch()
+
+
+@pytest.mark.parametrize(
+    ("versions", "files", "before", "lines"),
+    [
+        (OLD, TRITON, "", [STAND_IN]),
+        ({"bitsandbytes": "0.45.1"}, TRITON, "", []),
+        ({"bitsandbytes": "0.50.2"}, TRITON, "", []),
+        ({}, TRITON, "", []),
+        (OLD, {}, "", []),
+        (OLD, TRITON, OPS_BY_HAND, []),
+        (OLD, TRITON, "sys.meta_path.append(env_shim.TritonOpsStandIn())", []),
+        (OLD, ACCELERATE, "", [CPU_LAYERS]),
+        ({"bitsandbytes": "0.45.5"}, ACCELERATE, "", [CPU_LAYERS.replace("45.0", "45.5")]),
+        ({"bitsandbytes": "0.46.0"}, ACCELERATE, "", []),
+        (OLD, ACCELERATE | {"accelerate/utils.py": "raise OSError('no libcudart')"}, "", []),
+        (OLD, ACCELERATE | {"accelerate/utils.py": f"{QUESTION} = 1; del {QUESTION}"}, "", []),
+        (OLD, ACCELERATE, f"import accelerate.accelerator as a; a.{QUESTION} = lambda: 1", []),
+        ({"transformers": "4.57.6"}, {}, "", []),
+        ({"transformers": "5.0.0"}, {}, "", [ONE_BY_ONE]),
+        ({"transformers": "5.3.0"}, {}, "", [ONE_BY_ONE.replace("5.0.0", "5.3.0")]),
+        ({"transformers": "5.4.0"}, {}, "", []),
+        ({"transformers": "5.24.0"}, {}, "", []),
+        ({"transformers": "5.0.0"}, {}, "os.environ['HF_DEACTIVATE_ASYNC_LOAD'] = '0'", []),
+        (TORCH, TORCH_FILES, "", [SEGMENTS]),
+        (TORCH, TORCH_FILES, "import torch", [SEGMENTS]),
+        ({"torch": "2.13.0+cpu"}, TORCH_FILES, "", [SEGMENTS]),
+        ({"torch": "2.8.0"}, TORCH_FILES, "", []),  # does not read PYTORCH_ALLOC_CONF
+        (TORCH, TORCH_FILES, "import torch; torch.cuda.is_initialized = lambda: True", []),
+        (TORCH, TORCH_FILES, "sys.platform = 'win32'", []),
+        (TORCH, TORCH_FILES, "env_shim.has_nvidia_driver = lambda: False", []),
+        (TORCH, TORCH_FILES, "os.environ['PYTORCH_ALLOC_CONF'] = 'backend:native'", []),
+        (TORCH, TORCH_FILES, "os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'backend:native'", []),
+    ],
+)
+def test_a_patch_acts_on_its_versions_alone_and_not_over_a_patch_by_hand(
+    tmp_path, versions, files, before, lines
+):
+    """A patch that is not needed changes nothing; one that is needed prints its line."""
+    code = f"""
+{before}
+def state():
+    answer = getattr(sys.modules.get("accelerate.accelerator"), "{QUESTION}", None)
+    return list(sys.meta_path), dict(os.environ), answer
+before = state()
+print(env_shim.apply(), state() != before)
+"""
+    printed = "".join(f"env_shim: {line}\n" for line in lines)
+    site = make_site(tmp_path, versions, files)
+    assert output(site, code, driver=True) == f"{printed}{lines} {bool(lines)}\n"
+
+
+def test_every_patch_acts_once_however_often_the_file_is_pasted_or_imported(tmp_path):
+    versions = OLD | TORCH | {"transformers": "5.0.0"}
+    site = make_site(tmp_path, versions, TRITON | ACCELERATE)
+    code = f"""
+before, source = list(sys.meta_path), open({str(ROOT / "env_shim.py")!r}, encoding="utf-8").read()
+cell = {{"__name__": "__main__"}}
+exec(source, cell)
+assert sys.meta_path == before
+for _ in range(3):
+    exec(source, cell)
+    cell["has_nvidia_driver"] = env_shim.has_nvidia_driver
+    cell["apply"]()
+    cell["apply"]()
+assert cell["PATCHED"] == {[STAND_IN, ONE_BY_ONE, SEGMENTS, CPU_LAYERS]}
+assert env_shim.apply() == [] and len(sys.meta_path) == len(before) + 1
+print(*(os.environ.get(name) for name in {VARIABLES}))
+"""
+    assert output(site, code, driver=True).splitlines() == [
+        *(f"env_shim: {line}" for line in (STAND_IN, ONE_BY_ONE, SEGMENTS, CPU_LAYERS)),
+        "1 expandable_segments:True None",
+    ]
+
+
+# ---- What the patches do -------------------------------------------------------------------------
+
 REAL_OPS = {
     "triton/ops/__init__.py": "",
-    "triton/ops/matmul_perf_model.py": (
-        "early_config_prune = estimate_matmul_time = lambda *a: 'real'\n"
-    ),
+    "triton/ops/matmul_perf_model.py": "early_config_prune = lambda *a: 'real'\n",
 }
 # As in bitsandbytes 0.45.0: a submodule is imported whole before the one that needs triton.ops.
 BITSANDBYTES = {
     "bitsandbytes/__init__.py": "from . import functional, kernels\n",
     "bitsandbytes/functional.py": "print('functional imported')\n",
     "bitsandbytes/kernels.py": (
-        "import triton\n"
         "from triton.ops.matmul_perf_model import early_config_prune, estimate_matmul_time\n"
     ),
 }
-OLD_PAIR = {"triton": "3.5.0", "bitsandbytes": "0.45.0"}
-STAND_IN = (
-    "env_shim: bitsandbytes 0.45.0, triton 3.5.0: stand-in for triton.ops, "
-    "which this bitsandbytes imports\n"
-)
 
 
-def run_with(site: Path, code: str) -> subprocess.CompletedProcess:
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    command = [sys.executable, "-S", "-B", "-c", code]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+def test_bitsandbytes_imports_only_with_the_stand_in_also_after_a_failed_import(tmp_path):
+    site = make_site(tmp_path, OLD, TRITON | BITSANDBYTES)
+    assert "No module named 'triton.ops'" in run(site, "import bitsandbytes").stderr
+    with_shim = "env_shim.apply()\nimport bitsandbytes"
+    expected = f"env_shim: {STAND_IN}\nfunctional imported\n"
+    assert output(site, with_shim) == expected
+    failed_before = "try: import bitsandbytes\nexcept ImportError: print('failed')\n"
+    printed = output(site, failed_before + with_shim)
+    assert printed == "functional imported\nfailed\n" + expected
 
 
-def output_with(site: Path, code: str) -> str:
-    done = run_with(site, code)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_bitsandbytes_imports_only_with_the_stand_in(tmp_path):
-    site = make_site(tmp_path, OLD_PAIR, {**TRITON, **BITSANDBYTES})
-    assert "No module named 'triton.ops'" in run_with(site, "import bitsandbytes").stderr
-    assert output_with(site, "import env_shim; env_shim.apply(); import bitsandbytes") == (
-        STAND_IN + "functional imported\n"
-    )
-
-
-def test_a_half_imported_bitsandbytes_is_purged(tmp_path):
-    site = make_site(tmp_path, OLD_PAIR, {**TRITON, **BITSANDBYTES})
-    code = """
-import sys, env_shim
-try:
-    import bitsandbytes
-except ModuleNotFoundError as error:
-    print(error, "bitsandbytes.functional" in sys.modules)
-env_shim.apply()
-import bitsandbytes
-"""
-    assert output_with(site, code) == (
-        "functional imported\nNo module named 'triton.ops' True\n"
-        + STAND_IN
-        + "functional imported\n"
-    )
+def test_a_bitsandbytes_that_is_imported_whole_is_not_purged(tmp_path):
+    site = make_site(tmp_path, OLD, TRITON | BITSANDBYTES | {"bitsandbytes/kernels.py": ""})
+    code = "import bitsandbytes; env_shim.apply(); print('bitsandbytes.kernels' in sys.modules)"
+    assert output(site, code).endswith("\nTrue\n")
 
 
 def test_the_stand_in_has_spec_path_parent_and_answers(tmp_path):
-    site = make_site(tmp_path, OLD_PAIR, {**TRITON, **BITSANDBYTES})
     code = """
-import importlib.util, sys, env_shim
+from importlib.util import find_spec
 env_shim.apply(verbose=False)
-print(importlib.util.find_spec("triton.ops").name)
-print(importlib.util.find_spec("triton.ops.matmul_perf_model").parent)
+print(find_spec("triton.ops").name, find_spec("triton.ops.matmul_perf_model").parent)
 import triton.ops.matmul_perf_model
-model = sys.modules['triton.ops.matmul_perf_model']
-print(triton.ops.__spec__.name, triton.ops.__path__, triton.ops.matmul_perf_model is model)
+model = triton.ops.matmul_perf_model
+print(triton.ops.__spec__.name, triton.ops.__path__, model is sys.modules[model.__name__])
 print(model.early_config_prune(["a", "b"], {}, key=1), model.estimate_matmul_time(1, num_warps=2))
-print(importlib.util.find_spec("triton.ops.other"))
+print(find_spec("triton.ops.other"))
 """
-    assert output_with(site, code).splitlines() == [
-        "triton.ops",
-        "triton.ops",
+    assert output(make_site(tmp_path, OLD, TRITON), code).splitlines() == [
+        "triton.ops triton.ops",
         "triton.ops [] True",
         "['a', 'b'] 0.0",
         "None",
     ]
 
 
-def test_a_real_triton_ops_wins(tmp_path):
-    site = make_site(tmp_path, OLD_PAIR, {**TRITON, **REAL_OPS, **BITSANDBYTES})
+def test_a_real_triton_ops_wins_also_if_it_comes_later(tmp_path):
+    site = make_site(tmp_path / "real", OLD, TRITON | REAL_OPS)
+    use = "from triton.ops.matmul_perf_model import early_config_prune as prune; print(prune([]))"
+    assert output(site, f"print(env_shim.apply())\n{use}") == "[]\nreal\n"
+    site = make_site(tmp_path / "without", OLD, TRITON)
+    later = f"import triton; triton.__path__.append({str(tmp_path / 'real' / 'triton')!r})"
+    code = f"print(env_shim.apply(verbose=False))\n{later}\n{use}"
+    assert output(site, code) == f"[{STAND_IN!r}]\nreal\n"
+
+
+def test_the_real_accelerate_takes_cpu_layers_and_keeps_the_rest_of_prepare_model(tmp_path):
+    """Beside a bitsandbytes that says of itself what 0.45.0 says: nothing."""
+    pytest.importorskip("accelerate")
+    site = make_site(tmp_path, OLD, {"bitsandbytes/__init__.py": ""})
     code = """
-import env_shim
-print(env_shim.apply())
-from triton.ops.matmul_perf_model import early_config_prune
-print(early_config_prune([]))
-"""
-    assert output_with(site, code) == "[]\nreal\n"
+import torch
+from accelerate import Accelerator, accelerator as module
 
-
-def test_a_real_triton_ops_that_comes_later_wins_over_the_stand_in(tmp_path):
-    site = make_site(tmp_path / "site", OLD_PAIR, TRITON)
-    other = make_site(tmp_path / "other", {}, REAL_OPS)
-    code = f"""
-import triton, env_shim
-print(len(env_shim.apply(verbose=False)))
-triton.__path__.append({str(other / "triton")!r})
-from triton.ops.matmul_perf_model import early_config_prune
-print(early_config_prune([]))
-"""
-    assert output_with(site, code) == "1\nreal\n"
-
-
-@pytest.mark.parametrize(
-    ("versions", "files"),
-    [
-        ({"triton": "3.5.0", "bitsandbytes": "0.45.1"}, TRITON),
-        ({"triton": "3.5.0", "bitsandbytes": "0.50.2"}, TRITON),
-        ({"triton": "3.5.0"}, TRITON),
-        ({"bitsandbytes": "0.45.0"}, {}),
-        ({}, {}),
-    ],
-)
-def test_silence_where_nothing_needs_triton_ops(tmp_path, versions, files):
-    site = make_site(tmp_path, versions, files)
-    code = "import sys, env_shim; n = len(sys.meta_path); env_shim.apply(); "
-    assert output_with(site, code + "print(len(sys.meta_path) - n)") == "0\n"
-
-
-def test_stand_in_once_however_often_pasted_and_undone_by_remove(tmp_path):
-    site = make_site(tmp_path, OLD_PAIR, {**TRITON, **BITSANDBYTES})
-    code = f"""
-import importlib.util, sys
-before = list(sys.meta_path)
-source = open({str(ROOT / "env_shim.py")!r}, encoding="utf-8").read()
-cell = {{"__name__": "__main__"}}
-for _ in range(3):
-    exec(source, cell)
-    cell["apply"]()
-    cell["apply"]()
-print(len(sys.meta_path) - len(before))
-import triton.ops.matmul_perf_model
-cell["remove"]()
-print(sys.meta_path == before, hasattr(triton, "ops"), importlib.util.find_spec("triton.ops"))
-print([name for name in sys.modules if name.startswith("triton.")])
-print(len(cell["apply"](verbose=False)))
-"""
-    assert output_with(site, code) == STAND_IN + "1\nTrue False None\n[]\n1\n"
-
-
-# ---- accelerate ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def accelerate_module(monkeypatch):
-    """The real accelerate, as it answers beside a bitsandbytes older than 0.46."""
-    module = pytest.importorskip("accelerate.accelerator")
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr(module, "is_bitsandbytes_multi_backend_available", lambda: False)
-    monkeypatch.setattr(module, "is_xpu_available", lambda *a, **k: False)
-    monkeypatch.setattr(
-        env_shim,
-        "installed_version",
-        lambda name: {"accelerate": "1.12.0", "bitsandbytes": "0.45.5"}.get(name, ""),
-    )
-    yield module
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def quantized_model(device_map: dict):
-    import torch
-
+def prepare(where, quantized="is_loaded_in_4bit"):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    model.is_loaded_in_4bit, model.hf_device_map = True, device_map
-    return model
+    setattr(model, quantized, True)
+    model.hf_device_map = {"a": 0, "b": where}
+    try:
+        return accelerator.prepare_model(model, device_placement=True)
+    except ValueError as error:
+        return "CPU or disk offload" in str(error) and "refused"
 
-
-def test_accelerate_takes_cpu_layers_and_keeps_the_rest_of_prepare_model(accelerate_module):
-    import torch
-
-    accelerator = accelerate_module.Accelerator(cpu=True, mixed_precision="bf16")
-    model = quantized_model({"a": 0, "b": "cpu"})
-    with pytest.raises(ValueError, match="CPU or disk offload"):
-        accelerator.prepare_model(quantized_model({"a": 0, "b": "cpu"}))
-    original = accelerate_module.Accelerator.prepare_model
-    question = accelerate_module.is_bitsandbytes_multi_backend_available
-    assert env_shim.apply(verbose=False) == [
-        "bitsandbytes 0.45.5: accelerate may prepare a model with layers on the CPU"
-    ]
-    assert accelerator.prepare_model(model) is model
-    assert model in accelerator._models
-    inner = []
-    model[0].register_forward_hook(lambda module, args, output: inner.append(output.dtype))
-    assert model(torch.zeros(1, 4)).dtype == torch.float32  # outputs are converted back
-    assert inner == [torch.bfloat16]  # autocast is still wrapped around forward
-    with pytest.raises(ValueError, match="CPU or disk offload"):
-        accelerator.prepare_model(quantized_model({"a": 0, "b": "disk"}))
-    assert env_shim.apply() == []
-    assert accelerate_module.Accelerator.prepare_model is original
-    env_shim.remove()
-    assert accelerate_module.is_bitsandbytes_multi_backend_available is question
-    with pytest.raises(ValueError, match="CPU or disk offload"):
-        accelerator.prepare_model(quantized_model({"a": 0, "b": "cpu"}))
-
-
-@pytest.mark.parametrize("bits", [None, 4, 8])
-def test_accelerate_asks_the_question_of_quantized_models_alone(
-    accelerate_module, monkeypatch, bits
-):
-    """So that answering it True changes nothing for others: prepare_model itself stays."""
-    import torch
-
-    asked = []
-    question = "is_bitsandbytes_multi_backend_available"
-    monkeypatch.setattr(accelerate_module, question, lambda: asked.append(1) or True)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    model.hf_device_map = {"a": "cpu", "b": 0}
-    if bits:
-        setattr(model, f"is_loaded_in_{bits}bit", True)
-    accelerator = accelerate_module.Accelerator(cpu=True)
-    assert accelerator.prepare_model(model, device_placement=True) is model
-    assert bool(asked) == bool(bits)
-
-
-def test_accelerate_is_patched_when_it_is_imported_not_before(tmp_path):
-    files = {
-        "accelerate/__init__.py": "from .accelerator import Accelerator\n",
-        "accelerate/accelerator.py": (
-            "class Accelerator:\n    def prepare_model(self, model):\n"
-            "        return is_bitsandbytes_multi_backend_available()\n"
-            "def is_bitsandbytes_multi_backend_available():\n    return False\n"
-        ),
-    }
-    site = make_site(tmp_path, {"accelerate": "1.12.0", "bitsandbytes": "0.45.5"}, files)
-    code = """
-import sys, env_shim
-before = list(sys.meta_path)
+accelerator, original = Accelerator(cpu=True), Accelerator.prepare_model
+assert prepare("cpu") == prepare("disk") == "refused"
 env_shim.apply()
-print("accelerate" in sys.modules)
-from accelerate import Accelerator
-print(Accelerator().prepare_model(None))
-env_shim.remove()
-print(Accelerator().prepare_model(None), sys.meta_path == before)
+assert prepare("disk") == "refused" != prepare("cpu")
+assert Accelerator.prepare_model is original  # so that its autocast, DDP and compile stay
+# The question is asked of quantized models alone, so that its answer changes nothing for others.
+asked = []
+module.is_bitsandbytes_multi_backend_available = lambda: not asked.append(1)
+for quantized in ("neither", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+    asked.clear()
+    prepare("cpu", quantized)
+    assert bool(asked) == (quantized != "neither")
 """
-    assert output_with(site, code).splitlines() == [
-        "env_shim: bitsandbytes 0.45.5: accelerate may prepare a model with layers on the CPU",
-        "False",
-        "True",
-        "False True",
-    ]
-
-
-def test_accelerate_is_left_alone_beside_bitsandbytes_0_46(machine):
-    machine({"accelerate": "1.12.0", "bitsandbytes": "0.46.0"})
-    assert env_shim.apply() == []
-    machine({"bitsandbytes": "0.45.5"})
-    assert env_shim.apply() == []
-
-
-# ---- environment variables -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("version", "acts"),
-    [("4.57.6", False), ("5.0.0", True), ("5.3.0", True), ("5.4.0", False), ("5.23.0", False)],
-)
-def test_weights_load_one_by_one_on_transformers_5_0_to_5_3(machine, capsys, version, acts):
-    machine({"transformers": version})
-    line = f"transformers {version}: HF_DEACTIVATE_ASYNC_LOAD=1, loads weights one by one"
-    assert env_shim.apply() == ([line] if acts else [])
-    assert capsys.readouterr().out == (f"env_shim: {line}\n" if acts else "")
-    assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == ("1" if acts else None)
-    assert env_shim.apply() == []
-    env_shim.remove()
-    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
-
-
-def test_a_variable_the_user_set_is_kept(machine, monkeypatch):
-    machine({"transformers": "5.0.0", "torch": "2.9.0"}, gpus=(gpu("T4", 15, 7, 5),))
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert env_shim.apply() == []
-    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD")
-    assert len(env_shim.apply(verbose=False)) == 1
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")  # the user's word after ours
-    env_shim.remove()
-    assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "0"
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
-
-
-@pytest.mark.parametrize(
-    ("torch", "gpus", "cuda_is_up", "acts"),
-    [
-        ("2.9.0", 1, False, True),
-        ("2.13.0+cpu", 1, False, True),
-        ("2.9.0", 1, True, False),  # the allocator has read its settings
-        ("2.9.0", 0, False, False),
-        ("2.8.0", 1, False, False),  # does not read PYTORCH_ALLOC_CONF
-    ],
-)
-def test_cuda_segments_grow_where_cuda_is_not_up(machine, torch, gpus, cuda_is_up, acts):
-    machine({"torch": torch}, gpus=(gpu("T4", 15, 7, 5),) * gpus, cuda_is_up=cuda_is_up)
-    line = "PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmented GPU memory"
-    assert env_shim.apply(verbose=False) == ([line] if acts else [])
-    assert os.environ.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if acts else None)
-    env_shim.remove()
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert output(site, code, real=True) == f"env_shim: {CPU_LAYERS}\n"
 
 
 # ---- 4-bit weights on a CPU ----------------------------------------------------------------------
@@ -437,7 +300,7 @@ def test_training_goes_on_after_an_evaluation_forward_on_the_cpu():
         assert evaluate_then_train(four_bit_layers()) is None
 
 
-# ---- what the machine lacks ----------------------------------------------------------------------
+# ---- The check -----------------------------------------------------------------------------------
 
 
 def test_supported_versions_are_those_of_requirements_txt():
@@ -447,271 +310,219 @@ def test_supported_versions_are_those_of_requirements_txt():
         name: oldest for name, (oldest, _) in env_shim.SUPPORTED.items()
     }
     for reason, name, oldest in entries:
-        newest = env_shim.SUPPORTED[name][1]
         tried = re.findall(r"[Tt]ried\s+up\s+to\s+([\d.]*\d)", reason.replace("#", " "))
-        assert tried == [newest], name
+        assert tried == [NEWEST[name]], name
         assert oldest.startswith(re.search(r"(\d[\d.]*): ", reason).group(1)), f"{name}: no reason"
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(lines) == len(entries)
 
 
-@pytest.mark.parametrize(
-    ("version", "numbers"),
-    [
-        ("2.9", (2, 9, 0)),
-        ("2.13.0+cu130", (2, 13, 0)),
-        ("5.0.0rc1", (5, 0, 0)),
-        ("0.45.1.dev0", (0, 45, 1)),
-        ("", (0, 0, 0)),
-    ],
-)
-def test_version_tuple(version, numbers):
-    assert env_shim.version_tuple(version) == numbers
+def test_version_tuple():
+    given = ("2.9", "2.9+cu126", "2.13.0+cu130", "5.0.0rc1", "0.45.1.dev0", "")
+    numbers = [(2, 9, 0), (2, 9, 0), (2, 13, 0), (5, 0, 0), (0, 45, 1), (0, 0, 0)]
+    assert [env_shim.version_tuple(version) for version in given] == numbers
 
 
-def test_check_names_what_is_missing_or_old_and_the_pip_line(machine):
-    machine({**NEW_COLAB, "transformers": "4.9.2", "matplotlib": "3.9.9"})
-    too_old = '{} {} is older than {}, the oldest supported; run: pip install "{}>={}"'
-    assert env_shim.check_environment() == [
-        too_old.format("transformers", "4.9.2", "4.57.6", "transformers", "4.57.6"),
-        too_old.format("matplotlib", "3.9.9", "3.10.0", "matplotlib", "3.10.0"),
+def check(site: Path, arguments: str = "", before: str = "") -> list[str]:
+    code = f"{before}\nprint(*env_shim.check_environment({arguments}), sep='\\n')"
+    return output(site, code).split("\n")[:-1]
+
+
+def test_check_names_what_is_missing_or_old_and_the_pip_line(tmp_path):
+    site = make_site(tmp_path / "old", NEW_COLAB | {"transformers": "4.9.2", "safetensors": "0.7"})
+    too_old = '{0} {1} is older than {2}, the oldest supported; run: pip install "{0}>={2}"'
+    assert check(site) == [
+        too_old.format("transformers", "4.9.2", "4.57.6"),
+        too_old.format("safetensors", "0.7", "0.8.0"),
     ]
-    machine({name: version for name, version in NEW_COLAB.items() if name != "bitsandbytes"})
-    assert env_shim.check_environment() == [
-        'bitsandbytes is not installed; run: pip install "bitsandbytes>=0.46.1"'
-    ]
-    assert env_shim.check_environment(quantization="none") == []
-    machine(
-        {**NEW_COLAB, "transformers": "6.0.0", "torch": "3.0.0"}
-    )  # newer than tried: no problem
-    assert env_shim.check_environment() == []
+    some = {name: NEW_COLAB[name] for name in NEW_COLAB if name != "bitsandbytes"}
+    site = make_site(tmp_path / "missing", some)
+    assert check(site) == ['bitsandbytes is not installed; run: pip install "bitsandbytes>=0.46.1"']
+    assert check(site, "quantization='none'") == [""]
+    newer_than_tried = NEW_COLAB | {"transformers": "6.0.0", "torch": "3.0.0"}
+    assert check(make_site(tmp_path / "newer", newer_than_tried)) == [""]
 
 
-def test_check_asks_torch_for_a_gpu_only_when_cuda_is_asked_for(machine):
-    machine(NEW_COLAB)
-    line = (
+def test_check_asks_torch_for_a_gpu_only_if_cuda_is_asked_for(tmp_path):
+    site = make_site(tmp_path / "cpu", NEW_COLAB, fake_torch())
+    assert check(site, "'cuda'") == [
         "device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu, "
         "or choose a GPU runtime (Colab: Runtime > Change runtime type)"
-    )
-    assert env_shim.check_environment("cuda") == [line]
-    assert env_shim.check_environment("cpu") == env_shim.check_environment("auto") == []
-    machine(NEW_COLAB, gpus=(gpu("Tesla T4", 14.7, 7, 5),))
-    assert env_shim.check_environment("cuda") == []
+    ]
+    assert check(site, "'cpu'") == check(site, "'auto'") == [""]
+    assert check(make_site(tmp_path / "gpu", NEW_COLAB, fake_torch(T4)), "'cuda'") == [""]
 
 
-def test_check_sees_a_package_installed_over_an_imported_one(machine, monkeypatch):
-    machine(NEW_COLAB)
-    stale = types.SimpleNamespace(__version__="4.57.6")
-    monkeypatch.setitem(sys.modules, "transformers", stale)
-    line = (
+def test_check_sees_a_package_installed_over_an_imported_one(tmp_path):
+    old = {"transformers/__init__.py": "__version__ = '4.57.6'"}
+    assert check(make_site(tmp_path, NEW_COLAB, old), before="import transformers") == [
         "transformers 5.0.0 is installed but 4.57.6 is already imported; "
         "restart the session (Colab: Runtime > Restart session)"
-    )
-    assert env_shim.check_environment() == [line]
+    ]
 
 
-def test_check_refuses_an_old_python_and_the_file_still_loads_there(machine, monkeypatch):
-    machine(NEW_COLAB)
-    monkeypatch.setattr(env_shim.platform, "python_version", lambda: "3.9.18")
-    assert env_shim.check_environment() == [
+def test_check_refuses_an_old_python_and_the_file_still_loads_there(tmp_path):
+    old = "env_shim.platform.python_version = lambda: '3.9.18'"
+    assert check(make_site(tmp_path, NEW_COLAB), before=old) == [
         "Python 3.9.18 is older than 3.10, the oldest supported; run with Python 3.10 or newer"
     ]
-    # `X | None` outside quotes is a TypeError on 3.9, at import, before the check could speak.
+    # `X | None` in a hint is a TypeError on 3.9, at import, before the check could speak.
     tree = ast.parse((ROOT / "env_shim.py").read_text(encoding="utf-8"), feature_version=(3, 9))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     hints = [function.returns for function in functions]
-    hints += [arg.annotation for function in functions for arg in function.args.args]
-    assert len(hints) > 40
+    hints += [argument.annotation for function in functions for argument in function.args.args]
+    assert len(hints) > 30
     assert not [hint for hint in hints if hint and "BitOr" in ast.dump(hint)]
 
 
-def test_nothing_heavy_is_imported_by_apply_or_check():
-    code = "import sys, env_shim; env_shim.apply(); env_shim.check_environment(); "
-    code += f"print(sorted({HEAVY!r} & set(sys.modules)))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_apply_and_check_import_nothing_heavy(tmp_path):
+    code = "env_shim.apply()\nenv_shim.check_environment()\nprint(*sys.modules)"
+    loaded = output(tmp_path, code, real=True).splitlines()[-1].split()
+    assert "env_shim" in loaded
+    assert not {"triton", "yaml", *env_shim.SUPPORTED} & set(loaded)
 
 
-def test_pasting_is_silent_and_does_nothing(capsys):
-    before, variables = list(sys.meta_path), dict(os.environ)
-    cell = {"__name__": "__main__"}
-    exec((ROOT / "env_shim.py").read_text(encoding="utf-8"), cell)
-    assert capsys.readouterr() == ("", "")
-    assert sys.meta_path == before and dict(os.environ) == variables
-    assert callable(cell["apply"]) and callable(cell["check_environment"])
+# ---- The doctor ----------------------------------------------------------------------------------
 
-
-# ---- the doctor ----------------------------------------------------------------------------------
-
-T4_IS_OLD = (
-    "below 8.0, so float16 with loss scaling "
+T4 = {"name": "Tesla T4", "total_memory": int(14.74 * 2**30), "major": 7, "minor": 5}
+L4 = {"name": "NVIDIA L4", "total_memory": int(22.03 * 2**30), "major": 8, "minor": 9}
+T4_LINE = (
+    "Tesla T4, 14.7 GiB, compute capability 7.5: below 8.0, so float16 with loss scaling "
     "(torch's is_bf16_supported() says True all the same: emulated)"
 )
+MISSING = 'problem       {0} is not installed; run: pip install "{0}>={1}"\n'
 
 
-def test_doctor_on_the_old_colab_image(machine, capsys, monkeypatch, tmp_path):
-    site = make_site(tmp_path, {}, TRITON)
-    monkeypatch.syspath_prepend(str(site))
-    t4 = gpu("Tesla T4", 14.74, 7, 5)
-    machine({**OLD_COLAB, "triton": "3.5.0"}, colab=True, gpus=(t4,))
-    assert env_shim.doctor() == 1
-    out, err = capsys.readouterr()
-    assert out == (
-        "python        3.12.11\n"
+def doctor(site: Path, **settings) -> tuple[int, str, str]:
+    done = run(site, "sys.exit(env_shim.main([]))", **settings)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_doctor_on_the_old_colab_image(tmp_path):
+    site = make_site(tmp_path, OLD_COLAB, TRITON | ACCELERATE | fake_torch(T4))
+    assert doctor(site, driver=True, COLAB_RELEASE_TAG="release-colab") == (
+        1,
+        f"python        {platform.python_version()}\n"
         "torch         2.9.0+cu126    supported from 2.9.0, tried up to 2.13.0\n"
-        "transformers  4.57.6         supported from 4.57.6, tried up to 5.23.0\n"
+        "transformers  4.57.6         supported from 4.57.6, tried up to 5.24.0\n"
+        "safetensors   0.7.0          supported from 0.8.0, tried up to 0.8.0\n"
         "accelerate    1.12.0         supported from 1.12.0, tried up to 1.15.0\n"
         "bitsandbytes  0.45.0         supported from 0.46.1, tried up to 0.50.2\n"
-        "pyyaml        6.0.3          supported from 6.0.1, tried up to 6.0.3\n"
+        "pyyaml        6.0.3          supported from 6.0.1, tried up to 6.0.4\n"
         "matplotlib    3.10.0         supported from 3.10.0, tried up to 3.11.2\n"
         "image         looks like Colab 2026.01\n"
-        f"gpu           Tesla T4, 14.7 GiB, compute capability 7.5: {T4_IS_OLD}\n"
-        "patched       bitsandbytes 0.45.0, triton 3.5.0: stand-in for triton.ops, "
-        "which this bitsandbytes imports\n"
-        "patched       bitsandbytes 0.45.0: accelerate may prepare a model with layers on the CPU\n"
-        "patched       PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmented GPU memory\n"
-        "result        training cannot start\n"
-    )
-    assert err == (
+        f"gpu           {T4_LINE}\n"
+        f"patched       {STAND_IN}\n"
+        f"patched       {SEGMENTS}\n"
+        f"patched       {CPU_LAYERS}\n"
+        "result        training cannot start\n",
+        "problem       safetensors 0.7.0 is older than 0.8.0, the oldest supported; "
+        'run: pip install "safetensors>=0.8.0"\n'
         "problem       bitsandbytes 0.45.0 is older than 0.46.1, the oldest supported; "
-        'run: pip install "bitsandbytes>=0.46.1"\n'
+        'run: pip install "bitsandbytes>=0.46.1"\n',
     )
 
 
-def test_doctor_on_the_new_colab_image(machine, capsys):
-    cards = (gpu("Tesla T4", 14.74, 7, 5), gpu("NVIDIA L4", 22.03, 8, 9))
-    machine({**NEW_COLAB, "matplotlib": "3.12.0"}, colab=True, gpus=cards)
-    assert env_shim.doctor() == 0
-    out, err = capsys.readouterr()
-    assert out == (
-        "python        3.12.11\n"
-        "torch         2.9.0+cu126    supported from 2.9.0, tried up to 2.13.0\n"
-        "transformers  5.0.0          supported from 4.57.6, tried up to 5.23.0\n"
-        "accelerate    1.12.0         supported from 1.12.0, tried up to 1.15.0\n"
-        "bitsandbytes  0.49.1         supported from 0.46.1, tried up to 0.50.2\n"
-        "pyyaml        6.0.3          supported from 6.0.1, tried up to 6.0.3\n"
+def test_doctor_on_the_new_colab_image(tmp_path):
+    site = make_site(tmp_path, NEW_COLAB | {"matplotlib": "3.12.0"}, fake_torch(T4, L4))
+    status, out, err = doctor(site, driver=True, COLAB_RELEASE_TAG="release-colab")
+    assert (status, err) == (0, "")
+    assert out.endswith(
         "matplotlib    3.12.0         supported from 3.10.0, tried up to 3.11.2; "
         'newer than tried: if it fails, run: pip install "matplotlib==3.11.2"\n'
         "image         looks like Colab 2026.02\n"
-        f"gpu           Tesla T4, 14.7 GiB, compute capability 7.5: {T4_IS_OLD}\n"
+        f"gpu           {T4_LINE}\n"
         "gpu           NVIDIA L4, 22.0 GiB, compute capability 8.9: bfloat16\n"
-        "patched       transformers 5.0.0: HF_DEACTIVATE_ASYNC_LOAD=1, loads weights one by one\n"
-        "patched       PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmented GPU memory\n"
+        f"patched       {ONE_BY_ONE}\n"
+        f"patched       {SEGMENTS}\n"
         "result        training can start\n"
     )
-    assert err == ""
 
 
-def test_doctor_on_a_plain_machine_without_bitsandbytes(machine, capsys):
-    versions = {"torch": "2.13.0+cpu", "transformers": "5.23.0", "accelerate": "1.15.0"}
-    machine({**versions, "pyyaml": "6.0.3", "matplotlib": "3.11.2"})
-    assert env_shim.doctor() == 1
-    out, err = capsys.readouterr()
-    assert out == (
-        "python        3.12.11\n"
-        "torch         2.13.0+cpu     supported from 2.9.0, tried up to 2.13.0\n"
-        "transformers  5.23.0         supported from 4.57.6, tried up to 5.23.0\n"
-        "accelerate    1.15.0         supported from 1.12.0, tried up to 1.15.0\n"
-        "bitsandbytes  -              supported from 0.46.1, tried up to 0.50.2\n"
-        "pyyaml        6.0.3          supported from 6.0.1, tried up to 6.0.3\n"
-        "matplotlib    3.11.2         supported from 3.10.0, tried up to 3.11.2\n"
+def test_doctor_on_a_plain_machine_without_bitsandbytes(tmp_path):
+    versions = {name: NEWEST[name] for name in NEWEST if name != "bitsandbytes"}
+    status, out, err = doctor(make_site(tmp_path, versions, fake_torch()))
+    assert (status, err) == (1, MISSING.format("bitsandbytes", "0.46.1"))
+    assert "bitsandbytes  -              supported from 0.46.1, tried up to 0.50.2\n" in out
+    assert out.endswith(
         "image         not Colab\n"
         "gpu           none that torch sees; device auto means cpu\n"
         "patched       nothing\n"
         "result        training cannot start\n"
     )
-    assert err == (
-        'problem       bitsandbytes is not installed; run: pip install "bitsandbytes>=0.46.1"\n'
-    )
 
 
-def test_image_is_unknown_where_its_transformers_is(machine):
-    machine({"transformers": "5.23.0"}, colab=True)
-    assert env_shim.describe_image() == (
-        "Colab, unknown image (none we know has transformers 5.23.0)"
-    )
-
-
-def test_doctor_reports_a_torch_that_does_not_import_in_one_line(tmp_path):
-    versions = {name: newest for name, (_, newest) in env_shim.SUPPORTED.items()}
+def test_doctor_on_a_machine_without_torch_or_with_one_that_does_not_import(tmp_path):
+    versions = {name: NEWEST[name] for name in NEWEST if name != "torch"}
+    status, out, err = doctor(make_site(tmp_path / "missing", versions))
+    assert (status, err) == (
+        1,
+        MISSING.format("torch", "2.9.0"),
+    ) and "gpu           unknown\n" in out
     broken = "raise OSError('libcudart.so.12: cannot open shared object file\\nmore')\n"
-    site = make_site(tmp_path, versions, {"torch/__init__.py": broken})
-    done = run_with(site, "import sys, env_shim; sys.exit(env_shim.main([]))")
-    assert done.returncode == 1
+    site = make_site(tmp_path / "broken", NEWEST, {"torch/__init__.py": broken})
     line = (
         "torch 2.13.0 is installed but does not import (libcudart.so.12: cannot open shared object "
         'file); run: pip install --force-reinstall "torch>=2.9.0"'
     )
-    assert done.stderr == f"problem       {line}\n"
-    assert "gpu           unknown\n" in done.stdout
-    code = "import env_shim; print(*env_shim.check_environment('cuda'), sep='\\n')"
-    assert output_with(site, code) == line + "\n"
+    status, out, err = doctor(site)
+    assert (status, err) == (1, f"problem       {line}\n") and "gpu           unknown\n" in out
+    assert check(site, "'cuda'") == [line]
 
 
-def test_command_line(machine, capsys):
-    machine(NEW_COLAB)
-    assert env_shim.main([]) == 0
-    assert capsys.readouterr().out.endswith("result        training can start\n")
-    script = [sys.executable, str(ROOT / "env_shim.py")]
+def test_doctor_still_names_the_patches_of_an_earlier_apply(tmp_path):
+    code = "env_shim.apply(verbose=False); env_shim.doctor()"
+    assert f"\npatched       {ONE_BY_ONE}\n" in output(make_site(tmp_path, NEW_COLAB), code)
+
+
+def test_image_is_unknown_if_its_transformers_is(tmp_path):
+    site = make_site(tmp_path, {"transformers": "5.23.0"})
+    printed = output(site, "print(env_shim.describe_image())", COLAB_RELEASE_TAG="release-colab")
+    assert printed == "Colab, unknown image (none we know has transformers 5.23.0)\n"
+
+
+def test_command_line():
     for argument, status, text in (("--help", 0, "the doctor"), ("now", 2, "unrecognized")):
-        command = [*script, argument]
+        command = [sys.executable, str(ROOT / "env_shim.py"), argument]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status and text in done.stdout + done.stderr
 
 
-# ---- run_matrix.py -------------------------------------------------------------------------------
+# ---- tests/torture/run_matrix.py -----------------------------------------------------------------
+
+# Stands in an environment's folder as its Python, and notes what pip is asked for.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*pytest\\ -q*) echo "$SUITE in 1.00s"; case "$SUITE" in *failed*) exit 1 ;; esac ;;
+*) echo "$*" >> "$0.log"; exit "$PIP" ;;
+esac
+"""
 
 
-def test_matrix_takes_its_versions_from_the_one_table():
-    oldest, newest = run_matrix.versions_of("oldest"), run_matrix.versions_of("newest")
-    assert oldest["transformers"] == "4.57.6" and newest["bitsandbytes"] == "0.50.2"
-    assert run_matrix.versions_of("middle") == {**oldest, **run_matrix.MIDDLE}
-    assert run_matrix.TORCH == f"torch=={env_shim.SUPPORTED['torch'][1]}"
+def test_matrix_installs_once_and_reports_failed_suites_and_installations(tmp_path):
+    python = make_site(tmp_path, {}, {"oldest/bin/python": FAKE_PYTHON}) / "oldest/bin/python"
+    python.chmod(0o755)
+    command = [sys.executable, ROOT / "tests/torture/run_matrix.py", "--venvs", tmp_path]
+
+    def assert_matrix(pip: str, suite: str, status: int, counts: str) -> None:
+        fake = os.environ | {"PIP": pip, "SUITE": suite}
+        done = subprocess.run([*command, "oldest"], env=fake, capture_output=True, text=True)
+        row = f"| oldest | 2.13.0 | 4.57.6 | 1.12.0 | 0.46.1 | {counts} | 0 |\n"
+        assert done.returncode == status and done.stdout.endswith(row), done.stderr
+
+    assert_matrix("1", "", 1, "not installed")  # and so it is installed again
+    assert_matrix("0", "1 failed, 1 passed", 1, "1 failed, 1 passed")
+    assert_matrix("0", "2 passed", 0, "2 passed")
+    _, torch_alone, all_of_them = python.with_name("python.log").read_text("utf-8").splitlines()
+    assert torch_alone.endswith("install -q torch==2.13.0")
+    for name, (oldest, _) in env_shim.SUPPORTED.items():
+        assert f" {name}=={'2.13.0' if name == 'torch' else oldest} " in all_of_them
+    done = subprocess.run([*command, "eldest"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown environment 'eldest', allowed: oldest, middle, newest" in done.stderr
 
 
-def test_matrix_installs_once_and_again_after_an_interruption(tmp_path, monkeypatch, capsys):
-    commands = []
-    monkeypatch.setattr(
-        run_matrix.subprocess, "run", lambda command, check: commands.append(command)
-    )
-    monkeypatch.setattr(run_matrix.venv, "create", lambda folder, with_pip: folder.mkdir())
-    folder = tmp_path / "oldest"
-    run_matrix.install("oldest", folder)
-    assert commands[0][-1] == "torch==2.13.0" and "bitsandbytes==0.46.1" in commands[1]
-    run_matrix.install("oldest", folder)
-    assert len(commands) == 2
-    (folder / "installed.txt").unlink()
-    monkeypatch.setattr(run_matrix.venv, "create", lambda folder, with_pip: None)
-    run_matrix.install("oldest", folder)
-    assert len(commands) == 4
-
-
-def test_matrix_reports_a_failed_suite_and_a_failed_installation(tmp_path, monkeypatch, capsys):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text(
-        "def test_a(): pass\ndef test_b(): assert False\n", encoding="utf-8"
-    )
-    monkeypatch.setattr(run_matrix, "ROOT", tmp_path)
-    monkeypatch.setattr(run_matrix, "python_of", lambda folder: Path(sys.executable))
-
-    def install(name: str, folder: Path) -> None:
-        if name == "oldest":
-            raise subprocess.CalledProcessError(1, "pip")
-
-    monkeypatch.setattr(run_matrix, "install", install)
-    assert run_matrix.main(["oldest", "middle", "--venvs", str(tmp_path)]) == 1
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert lines[0] == "| oldest | 2.13.0 | 4.57.6 | 1.12.0 | 0.46.1 | not installed | 0 |"
-    assert lines[1].startswith("| middle | 2.13.0 | 5.0.0 | 1.12.0 | 0.49.1 | 1 failed, 1 passed |")
-    (tmp_path / "tests" / "test_a.py").write_text("def test_a(): pass\n", encoding="utf-8")
-    assert run_matrix.main(["middle", "--venvs", str(tmp_path)]) == 0
-    with pytest.raises(SystemExit, match="2"):
-        run_matrix.main(["eldest"])
-    assert "unknown environment 'eldest', allowed: oldest, middle" in capsys.readouterr().err
-
-
-# ---- the real packages ---------------------------------------------------------------------------
+# ---- The real packages ---------------------------------------------------------------------------
 
 
 @pytest.mark.realenv
@@ -720,30 +531,20 @@ def test_real_bitsandbytes_0_45_0_beside_triton_3_2_imports_only_with_the_shim(t
     """Makes an environment of 2.3 GB; 143 s on 2 busy CPU cores (2026-11-22)."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv" / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, "torch==2.13.0"], check=True)
+    pip = [python, "-m", "pip", "install", "-q", "torch==2.13.0"]
+    subprocess.run(pip, check=True)
     packages = ["triton>=3.2", "bitsandbytes==0.45.0", "transformers==4.57.6"]
-    subprocess.run([*pip, "torch==2.13.0", *packages], check=True)
+    subprocess.run([*pip, *packages], check=True)
 
-    def run(code: str) -> subprocess.CompletedProcess:
-        command = [python, "-B", "-c", code]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    def with_real(code: str) -> subprocess.CompletedProcess:
+        return subprocess.run([python, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True)
 
-    ask_transformers = "from transformers.integrations import validate_bnb_backend_availability"
-    assert "No module named 'triton.ops'" in run("import bitsandbytes").stderr
+    bitsandbytes = "import bitsandbytes"
+    transformers = "from transformers.integrations import validate_bnb_backend_availability"
+    assert "No module named 'triton.ops'" in with_real(bitsandbytes).stderr
     symptom = "Could not import module 'validate_bnb_backend_availability'"
-    assert symptom in run(ask_transformers).stderr
-    with_shim = f"import env_shim; env_shim.apply(); import bitsandbytes; {ask_transformers}"
-    done = run(with_shim + "; print(bitsandbytes.__version__)")
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    assert re.fullmatch(
-        r"env_shim: bitsandbytes 0\.45\.0, triton 3\.\d+\.\d+: stand-in for triton\.ops, which "
-        r"this bitsandbytes imports\n0\.45\.0\n",
-        done.stdout,
-    )
-    after_failure = (
-        "try:\n    import bitsandbytes\nexcept ModuleNotFoundError:\n    print('failed')\n"
-    )
-    done = run(after_failure + with_shim.replace("; ", "\n"))
-    assert done.returncode == 0 and done.stdout.startswith("failed\n"), done.stderr
+    assert symptom in with_real(transformers).stderr
+    failed_before = f"try: {bitsandbytes}\nexcept ImportError: print('failed')\n"
+    with_shim = f"import env_shim; env_shim.apply()\n{bitsandbytes}\n{transformers}\n"
+    done = with_real(failed_before + with_shim + "print(bitsandbytes.__version__)")
+    assert done.stdout == f"failed\nenv_shim: {STAND_IN}\n0.45.0\n", done.stderr

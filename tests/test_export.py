@@ -10,12 +10,12 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 import yaml
@@ -26,9 +26,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import recover
-from extend_tokenizer import Config, extend, new_words_hash
+from config import Config, UserError, run_command
+from extend_tokenizer import extend, new_words_hash, read_corpus, save_new_words
 from overlay import WakeOverlay, spherical_rows, subtoken_mean
-from recover import SentryError, main, write_sentry
+from recover import main, write_sentry
 
 WORDS = ["riverrun", "bababad", "quark", "phizàphiz", "thunderwhist", "gnarlybird", "wassaily"]
 TEXTS = [
@@ -61,13 +62,14 @@ def make_run(
         corpus=str(folder / "corpus.txt"), run_dir=str(folder / "run"), quantization="none",
         **settings,
     )  # fmt: skip
-    new = extend(config)
+    new = extend(config, read_corpus(config))
+    save_new_words(config, new)
     config = json.loads(json.dumps(dataclasses.asdict(config)))
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     base = AutoModelForCausalLM.from_pretrained(model)
-    tensors = {"input_rows": random_rows(base, len(WORDS), seed=1).numpy()}
+    tensors = {"input_rows": random_rows(base, len(WORDS), seed=1)}
     if "untied" in family if separate is None else separate:
-        tensors["output_rows"] = random_rows(base, len(WORDS), seed=2).numpy()
+        tensors["output_rows"] = random_rows(base, len(WORDS), seed=2)
     state = {
         "step": 40, "model_name": str(model), "model_revision": None, "config": config,
         "words_sha256": new_words_hash(WORDS, new.first_new_id), "corpus_sha256": "c0ffee",
@@ -85,7 +87,7 @@ def make_run(
 def overlay_logits(run: Path, base: Path | None = None) -> list[torch.Tensor]:
     """The reference: logits of the ten texts from the base model with the overlay installed."""
     sentry = recover.newest_sentry(run)
-    rows = {name: torch.from_numpy(a) for name, a in recover.trained_rows(sentry).items()}
+    rows = recover.trained_rows(sentry)
     model = AutoModelForCausalLM.from_pretrained(base or run.parent / "model", dtype="auto")
     WakeOverlay(
         model, sentry.state["first_new_id"], rows["input_rows"], rows.get("output_rows")
@@ -115,10 +117,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("family, separate", CASES)
-def test_logits_are_the_overlays(family: str, separate: bool | None, tmp_path: Path) -> None:
+def test_logits_are_the_overlays(
+    family: str, separate: bool | None, tmp_path: Path, monkeypatch
+) -> None:
     """Untied, tied, padded and not, shared and separate rows. 1e-5: fp32 products of other shapes.
 
-    The adapter is loaded by the lines that stand in its card, run as they stand there.
+    The adapter is loaded by the lines that stand in its card, run as they stand there, beside it.
     """
     peft = pytest.importorskip("peft")
     run, out = make_run(tmp_path, family, separate=separate), tmp_path / "out"
@@ -136,7 +140,8 @@ def test_logits_are_the_overlays(family: str, separate: bool | None, tmp_path: P
     main("export", str(run), str(tmp_path / "peft"), "--format", "peft")
     card = (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
     names, code = {}, re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
-    exec(code.replace("THIS_FOLDER", str(tmp_path / "peft")), names)
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
     assert isinstance(names["model"], peft.PeftModel)
     assert_same(logits_of(names["model"].eval(), names["tokenizer"], sentry), reference, 1e-5)
 
@@ -156,7 +161,7 @@ def test_merged_keeps_base_rows_bitwise_and_rounds_new_ones(dtype, tmp_path: Pat
         old, new = base.pop(name), merged.pop(name)
         assert new.dtype == dtype and len(new) == 257 + len(WORDS)
         assert torch.equal(new[:257].view(torch.int16), old[:257].view(torch.int16))
-        assert torch.equal(new[257:], torch.from_numpy(table).to(dtype))
+        assert torch.equal(new[257:], table.to(dtype))
     assert all(torch.equal(base[name], merged[name]) for name in base)
 
 
@@ -193,6 +198,11 @@ def test_sharded_checkpoint(family: str, separate: bool | None, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert_same(logits_of(model, tokenizer, recover.newest_sentry(run)), reference, 1e-5)
+    gone = tmp_path / "model" / files[1].name
+    gone.unlink()
+    with pytest.raises(UserError) as caught:
+        main("export", str(run), str(tmp_path / "again"), "--format", "merged")
+    assert str(caught.value) == f"{gone}: missing; --base names another model folder"
 
 
 def test_a_scalar_among_the_weights_and_weights_that_are_gone(tmp_path: Path) -> None:
@@ -202,7 +212,7 @@ def test_a_scalar_among_the_weights_and_weights_that_are_gone(tmp_path: Path) ->
     main("export", str(run), str(tmp_path / "out"), "--format", "merged")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.scale"] == 2.5
     file.unlink()
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         main("export", str(run), str(tmp_path / "peft"), "--format", "peft")
     assert str(caught.value) == f"{file}: missing; --base names another model folder"
 
@@ -221,22 +231,26 @@ def test_base_model_from_the_hubs_cache(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "model", repo / "snapshots" / commit)
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
 
-    def export(base: str) -> subprocess.CompletedProcess:
-        arguments = "export", str(run), str(tmp_path / "out"), "--format", "merged", "--base", base
-        command = [sys.executable, recover.__file__, *arguments]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    assert (done := export("someone/tiny")).returncode == 0, done.stderr
+    code = """
+import sys
+from recover import main, run_command
+for n, base in enumerate(sys.argv[2:]):
+    command = "export", sys.argv[1], f"out_{n}", "--format", "merged", "--base", base
+    print("status", run_command(main, *command))
+"""
+    bases = "someone/tiny", "someone/else", "no/such/folder"
+    env["PYTHONPATH"] = str(Path(recover.__file__).parent)
+    command = [sys.executable, "-c", code, str(run), *bases]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert re.findall(r"status \d", done.stdout) == ["status 0", "status 1", "status 1"]
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"model {base}" for base in bases[1:]]
+    assert all("--base" in line for line in lines)
     ours = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
+    for file in (tmp_path / "out_0").glob("*.safetensors"):
         ours |= load_file(file)
     wanted = load_file(tmp_path / "local" / "model.safetensors")
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[n], wanted[n]) for n in wanted)
-    shutil.rmtree(tmp_path / "out")
-    for base in ("someone/else", "no/such/folder"):
-        done = export(base)
-        assert done.returncode == 1 and done.stderr.startswith(f"model {base}: ")
-        assert done.stderr.count("\n") == 1 and "--base" in done.stderr
 
 
 def test_merged_model_generates_new_words_in_a_pipeline(tmp_path: Path) -> None:
@@ -262,7 +276,7 @@ def test_rows(tmp_path: Path) -> None:
     rows, saved = load_file(tmp_path / "out" / "rows.safetensors"), recover.newest_sentry(run)
     assert rows.keys() == {"input_rows", "output_rows"}
     for name, table in recover.trained_rows(saved).items():
-        assert rows[name].dtype == torch.float32 and numpy.array_equal(rows[name], table)
+        assert rows[name].dtype == torch.float32 and torch.equal(rows[name], table)
     facts = json.loads((tmp_path / "out" / "rows.json").read_text(encoding="utf-8"))
     assert facts == {
         "model_name": str(tmp_path / "model"), "model_revision": None, "step": 40,
@@ -285,14 +299,14 @@ def test_rows_from_what_survived(tmp_path: Path) -> None:
         out = tmp_path / f"out_{source}"
         main("export", str(tmp_path / source), str(out), "--format", "rows")
         assert torch.equal(load_file(out / "rows.safetensors")["input_rows"], wanted)
-    with pytest.raises(SentryError, match=r"drive/tokenizer: report.json is missing; python ext"):
+    with pytest.raises(UserError, match=r"drive/tokenizer: report.json is missing; python ext"):
         main("export", str(tmp_path / "drive"), str(tmp_path / "m"), "--format", "merged")
-    with pytest.raises(SentryError, match="--base names its folder"):
+    with pytest.raises(UserError, match="--base names its folder"):
         main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
     for name in ("tokenizer.json", "report.json"):
         whole = (tmp_path / "copy" / "tokenizer" / name).read_bytes()
         (tmp_path / "copy" / "tokenizer" / name).write_bytes(whole[:9])
-        with pytest.raises(SentryError, match=f"copy/tokenizer: {name} is damaged; python extend"):
+        with pytest.raises(UserError, match=f"copy/tokenizer: {name} is damaged; python extend"):
             main("export", str(tmp_path / "copy"), str(tmp_path / "m"), "--format", "merged")
         (tmp_path / "copy" / "tokenizer" / name).write_bytes(whole)
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
@@ -308,7 +322,7 @@ def test_refuses_a_folder_with_files(tmp_path: Path) -> None:
     main("export", str(run), str(out), "--format", "merged")  # an empty folder is fine
     (out / "notes.txt").write_text("mine")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         main("export", str(run), str(out), "--format", "rows")
     assert (
         str(caught.value)
@@ -324,60 +338,93 @@ def test_refuses_a_folder_with_files(tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert "rows.safetensors" in names and not names & {"model.safetensors", "config.json"}
     for place in (run, tmp_path / "model"):
-        with pytest.raises(SentryError, match="is the run or the base model itself"):
+        with pytest.raises(UserError, match="is the run or the base model itself"):
             main("export", str(run), str(place), "--format", "merged", "--force")
 
 
-@pytest.mark.parametrize("form", ["rows", "merged", "peft"])
-def test_card(form: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    main("export", str(run), str(tmp_path / "a"), "--format", form)
-    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
-    assert "Licence of the base model: see the base model." in card
-    (tmp_path / "model" / "README.md").write_text(
-        "---\nlanguage: en\nlicense: apache-2.0\n---\nHi\n"
-    )
+@pytest.mark.parametrize(
+    "form, library", [("rows", None), ("merged", "transformers"), ("peft", "peft")]
+)
+def test_card(form: str, library: str | None, tmp_path: Path) -> None:
+    run, base_card = make_run(tmp_path), tmp_path / "model" / "README.md"
+    for text in (None, "no front matter", "---\nlicense: [\n---\n", "---\nlanguage: en\n---\n"):
+        if text:
+            base_card.write_text(text)
+        main("export", str(run), str(tmp_path / "a"), "--format", form, "--force")
+        card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+        assert "Licence of the base model: see the base model." in card
+    base_card.write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nHi\n")
     main("export", str(run), str(tmp_path / "b"), "--format", form)
     card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "apache-2.0" and front["tags"] == ["wake2vec"]
+    assert front.get("library_name") == library
     assert "base_model" not in front  # it would be taken for a hub id
-    assert not (tmp_path / "b" / "report.json").exists()
+    assert not {"report.json", "words.tsv"} & {p.name for p in (tmp_path / "b").iterdir()}
     for promised in (
         "7 new words", "ids 257 to 263", "riverrun, bababad", "init subtoken_mean", "seed 42",
         "Trained for 40 steps", "1.750 bits per byte at step 40", "without the words: 2.250",
         "| 40 | 4.5000 | 1.750 |", "## Loading", "Licence of the base model: apache-2.0.",
     ):  # fmt: skip
         assert promised in card
+    assert f"kin_coupling {Config.kin_coupling}, max_steps" in card
+    assert "THIS_FOLDER" not in card and ("from_pretrained" in card) == (form != "rows")
+    assert card.count('from_pretrained("b"') == {"rows": 0, "merged": 2, "peft": 1}[form]
     assert (tmp_path / "b" / "words.txt").read_text(encoding="utf-8").splitlines() == WORDS
 
 
 @pytest.mark.parametrize("table", ["model.embed_tokens.weight", "lm_head.weight"])
-@pytest.mark.parametrize("init", ["subtoken_mean", "spherical"])
-def test_starting_rows_are_the_overlays(table: str, init: str, tmp_path: Path, monkeypatch) -> None:
-    """The rows of step 0, made again from files alone, against overlay.py on the loaded table."""
-    monkeypatch.setattr(recover, "ROWS_AT_ONCE", 100)
-    run = make_run(tmp_path, dtype=torch.bfloat16, init=init, init_radius=0.5)
-    report, words, spellings = recover.new_words(run)
-    assert words == WORDS
-    weight = load_file(tmp_path / "model" / "model.safetensors")[table][:257]
-    wanted = (
-        subtoken_mean(weight, spellings)
-        if init == "subtoken_mean"
-        else spherical_rows(weight, len(words), 0.5, 42)
-    )
-    settings = recover.run_settings(run)
-    stored = recover.base_tables(settings).table(table, 257)
-    ours = recover.starting_rows(stored, spellings, settings)
-    numpy.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-5, atol=1e-7)
+def test_a_base_table_is_the_models_own_without_padding(table: str, tmp_path: Path) -> None:
+    """What rows of step 0 are made of; overlay.py makes them here as it does in training."""
+    run = make_run(tmp_path, dtype=torch.bfloat16)
+    weight = load_file(tmp_path / "model" / "model.safetensors")[table]
+    base = recover.base_tables(recover.config_with_base(recover.run_settings(run), None))
+    assert len(weight) == 264 and torch.equal(base.table(table, 257), weight[:257])
+    with pytest.raises(UserError, match=rf"{table} is torch.bfloat16 \(264, 32\)"):
+        base.table(table, 265)
 
 
 def test_spellings_are_those_that_training_used(tmp_path: Path) -> None:
     for matching in ("spaced", "bare", "plain"):
         run = make_run(tmp_path / matching, token_matching=matching)
         config = Config(**recover.run_settings(run))
-        new, (_, words, spellings) = extend(config, save=False), recover.new_words(run)
-        assert (words, spellings) == (new.words, new.spellings)
+        new, saved = extend(config, read_corpus(config)), recover.saved_words(run)
+        assert (saved.words, saved.spellings) == (new.words, new.spellings)
+        assert (saved.first_new_id, saved.sha256) == (257, new.report["new_words_sha256"])
+
+
+def test_tokenizer_files_of_other_words_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    changed = {"tokenizer.json": ("quark", "quirk"), "words.tsv": ("\tquark\t", "\tquirk\t")}
+    for name, (old, new) in changed.items():
+        path = run / "tokenizer" / name
+        whole = path.read_text(encoding="utf-8")
+        assert old in whole
+        path.write_text(whole.replace(old, new), encoding="utf-8")
+        with pytest.raises(UserError, match="tokenizer: its files are not of the same words"):
+            main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+        path.write_text(whole, encoding="utf-8")
+    main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+
+
+def test_a_run_folder_without_words_tsv(tmp_path: Path, capsys) -> None:
+    """A run of before is read where the words' spellings are not needed; else a line says what
+    makes them."""
+    run = make_run(tmp_path)
+    (run / "tokenizer" / "words.tsv").unlink()
+    main(str(run))
+    assert "step 40 of 3,000, 7 new words" in capsys.readouterr().out
+    main("export", str(run), str(tmp_path / "rows"), "--format", "rows")
+    for command in (
+        ("export", str(run), str(tmp_path / "m"), "--format", "merged"), ("neighbours", str(run)),
+        ("import", str(seed_file(tmp_path / "seed.pt")), str(run)),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            main(*command)
+        assert str(caught.value) == (
+            f"{run / 'tokenizer'}: words.tsv is missing; python extend_tokenizer.py CONFIG"
+            f" run_dir={run} makes it again"
+        )
 
 
 def test_spellings_on_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
@@ -394,23 +441,22 @@ def test_spellings_on_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
     base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
     base.add_special_tokens(["<s>"])
     base.save(str(tmp_path / "model" / "tokenizer.json"))
-    new = extend(Config(**recover.run_settings(run)))
+    config = Config(**recover.run_settings(run))
+    new = extend(config, read_corpus(config))
+    save_new_words(config, new)
+    saved = recover.saved_words(run)
     assert new.matching == "whole_word"
-    _, words, spellings = recover.new_words(run)
-    assert (words, spellings) == (new.words, new.spellings)
-    assert any(len(ids) < len(word) for word, ids in zip(words, spellings))
+    assert (saved.words, saved.spellings) == (new.words, new.spellings)
+    assert any(len(ids) < len(word) for word, ids in zip(saved.words, saved.spellings))
 
 
 def test_neighbours(tmp_path: Path, capsys) -> None:
     """A word that was moved onto a base token's row, and another onto a second word's."""
     run = make_run(tmp_path)
     sentry = recover.newest_sentry(run)
-    tensors = recover.read_tensors(sentry.path / "rows.safetensors")
-    table = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"].numpy()
-    report, words, spellings = recover.new_words(run)
-    settings = recover.run_settings(run)
-    stored = recover.base_tables(settings).table("model.embed_tokens.weight", 257)
-    rows = recover.starting_rows(stored, spellings, settings)
+    tensors = load_file(sentry.path / "rows.safetensors")
+    table = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    rows = subtoken_mean(table[:257], recover.saved_words(run).spellings)
     token = AutoTokenizer.from_pretrained(run / "tokenizer").convert_tokens_to_ids("z")
     rows[WORDS.index("quark")] = 3 * table[token]
     rows[WORDS.index("bababad")] = 5 * rows[WORDS.index("riverrun")]
@@ -432,9 +478,9 @@ def test_neighbours(tmp_path: Path, capsys) -> None:
     moved = text.split("most moved")[1].splitlines()[1:4]
     assert {line.split()[0] for line in moved[:2]} == {"quark", "bababad"}
     assert float(moved[2].split()[1]) == 0.0
-    norms = numpy.linalg.norm(table[:257], axis=1)
-    assert re.search(rf"base tokens +{norms.mean():.3f} +{norms.std():.3f}\n", text)
-    with pytest.raises(SentryError, match="'stone': no new word of"):
+    norms = table[:257].norm(dim=1)
+    assert re.search(rf"base tokens +{norms.mean():.3f} +{norms.std(correction=0):.3f}\n", text)
+    with pytest.raises(UserError, match="'stone': no new word of"):
         main("neighbours", str(run), "stone")
 
 
@@ -463,25 +509,23 @@ def test_import(init: str, output_rows: str, trained: list[str], tmp_path: Path)
     seed = seed_file(tmp_path / "seed.pt")
     main("import", str(seed), str(run))
     sentry = recover.newest_sentry(run)
-    tensors = recover.read_tensors(sentry.path / "rows.safetensors")
-    wanted = torch.load(seed, weights_only=True)["embeddings"].float().numpy()
+    tensors = load_file(sentry.path / "rows.safetensors")
+    wanted = torch.load(seed, weights_only=True)["embeddings"].float()
     assert sentry.step == 1180 and sentry.path.parent == run / "snapshots"
-    assert numpy.array_equal(tensors["input_rows"][GAP:], wanted)
-    spellings = recover.new_words(run)[2]
+    assert torch.equal(tensors["input_rows"][GAP:], wanted)
+    spellings = recover.saved_words(run).spellings
     tables = load_file(tmp_path / "model" / "model.safetensors")
     first = {}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = tables[name][:257]
         if init == "spherical":
-            first[name] = spherical_rows(table, len(WORDS), 1.5, 42).numpy()
+            first[name] = spherical_rows(table, len(WORDS), 1.5, 42)
         else:
-            first[name] = subtoken_mean(table, spellings).numpy()
-    start = first["model.embed_tokens.weight"][:GAP]
-    numpy.testing.assert_allclose(tensors["input_rows"][:GAP], start, rtol=1e-5, atol=1e-6)
+            first[name] = subtoken_mean(table, spellings)
+    assert torch.equal(tensors["input_rows"][:GAP], first["model.embed_tokens.weight"][:GAP])
     assert ("output_rows" in tensors) == (output_rows != "shared")
     if output_rows != "shared":
-        start = first["lm_head.weight"]
-        numpy.testing.assert_allclose(tensors["output_rows"], start, rtol=1e-5, atol=1e-6)
+        assert torch.equal(tensors["output_rows"], first["lm_head.weight"])
     for name in trained or ["input_rows"]:
         assert tensors[f"{name}.row_mean_square"].tolist() == [0.0] * len(WORDS)
         assert tensors[f"{name}.column_mean_square"].tolist() == [0.0] * 32
@@ -499,7 +543,7 @@ def test_import_refuses(tmp_path: Path) -> None:
     run = make_run(tmp_path)
 
     def refusal(path: Path) -> str:
-        with pytest.raises(SentryError) as caught:
+        with pytest.raises(UserError) as caught:
             main("import", str(path), str(run))
         assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
         return str(caught.value).removeprefix(f"{path}: ")
@@ -532,22 +576,36 @@ def test_import_refuses(tmp_path: Path) -> None:
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def test_command_line(tmp_path: Path) -> None:
-    """Exit status and one line on stderr; a listing starts without torch."""
-    run = make_run(tmp_path)
-    script = str(Path(recover.__file__))
+def test_command_line(tmp_path: Path, capsys) -> None:
+    """Exit status and one line on stderr, from real processes; usage errors have status 2."""
+    run, script = make_run(tmp_path), str(Path(recover.__file__))
     call = lambda *a: subprocess.run([sys.executable, script, *a], capture_output=True, text=True)  # noqa: E731
     done = call("export", str(run), str(run), "--format", "rows")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "Traceback" not in done.stderr
-    assert call("export", str(run)).returncode == 2
-    assert call("--help").stdout.count("recover.py") > 3
-    code = "import sys, recover; recover.main(sys.argv[1]); assert 'torch' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(run)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(script).parent)},
-    )  # fmt: skip
+    done = call(str(run))
     assert done.returncode == 0, done.stderr
-    assert (
-        f"continue from {run / 'snapshots' / 'step_000040'}: step 40 of 3,000, 7 new words"
-        in done.stdout
-    )
+    chosen = run / "snapshots" / "step_000040"
+    assert f"continue from {chosen}: step 40 of 3,000, 7 new words" in done.stdout
+    capsys.readouterr()
+    for command, status in ((("export", str(run)), 2), (("--help",), 0)):
+        with pytest.raises(SystemExit) as caught:
+            main(*command)
+        assert caught.value.code == status
+    assert capsys.readouterr().out.count("recover.py") > 3
+
+
+@pytest.mark.parametrize("form", ["rows", "peft", "merged"])
+def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(
+    form: str, tmp_path: Path, capsys
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    run, limits = make_run(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        status = run_command(main, "export", str(run), str(tmp_path / "out"), "--format", form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert status == 1 and error.count("\n") == 1 and "File too large" in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

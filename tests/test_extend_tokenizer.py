@@ -1,16 +1,15 @@
-"""Every lexicon word gets one token, ordinary text keeps its ids, and what is saved loads the same.
+"""Proves that a lexicon word gets one token, ordinary text keeps its ids, and a saved folder loads.
 
-    python -m pytest tests/test_extend_tokenizer.py
+    python -m pytest tests/test_extend_tokenizer.py        (12 s on 2 CPU cores, 2026-11-25)
 
 The tokenizers are trained here in a moment: byte-level (Qwen's and GPT-2's way of cutting) and
 SentencePiece-style (Llama-2's normalizer, byte fallback). Figures on real vocabularies come from
-tests/check_vocabularies.py.
+tests/bench/check_vocabularies.py.
 """
 
 import dataclasses
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,10 @@ import pytest
 import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import extend_tokenizer
+from config import Config, UserError, load_config
 from extend_tokenizer import (
-    Config, ConfigError, any_of, base_tokenizer, extend, format_report, line_ranges, main,
-    load_config, new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon,
+    Lexicon, NewWords, any_of, base_tokenizer, extend, format_report, line_ranges, main,
+    new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon, save_new_words,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +112,7 @@ KINDS = {
 
 @pytest.fixture
 def make(tmp_path):
-    """make(kind, **settings) -> Config of a run with that tokenizer, LEXICON and a corpus."""
+    """Give make(kind, **settings): the Config of a run with such a tokenizer, words and text."""
 
     def make(kind="qwen", lexicon=LEXICON, corpus=None, settings=None, model_config=None, **keys):
         model = tmp_path / "model"
@@ -139,6 +138,20 @@ def make(tmp_path):
     return make
 
 
+def plan(config: Config) -> NewWords:
+    return plan_new_words(config, read_corpus(config))
+
+
+def extended(config: Config) -> NewWords:
+    return extend(config, read_corpus(config))
+
+
+def saved(config: Config) -> NewWords:
+    new = extended(config)
+    save_new_words(config, new)
+    return new
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -156,9 +169,10 @@ def test_byte_level_ids_are_the_same_for_all_matchings(make, kind):
     known = [token for token in base.get_vocab() if token.isascii() and token.isalpha()][-2:]
     lexicon = [known[0], *LEXICON, known[1], "<|endoftext|>"]
     for matching in ("spaced", "bare", "plain"):
-        new = plan_new_words(make(kind, lexicon, token_matching=matching))
+        new = plan(make(kind, lexicon, token_matching=matching))
         assert new.words == [word for word in LEXICON if word not in base.get_vocab()] == LEXICON
-        assert new.known == 2 and new.lexicon.refused == {"special token": [len(lexicon)]}
+        assert len(new.lexicon.words) == len(LEXICON) + 2
+        assert new.lexicon.refused == {"special token": [len(lexicon)]}
         assert new.first_new_id == base.get_vocab_size() == 382
         ids = [new.tokenizer.token_to_id(content) for content in new.contents]
         assert ids == list(range(382, 382 + len(LEXICON)))
@@ -173,9 +187,9 @@ def test_sentencepiece_words_are_known_as_whole_words(make, kind):
     whole = [word for word in whole if word not in vocab]
     parts = [token for token in vocab if token.isalpha() and "▁" + token not in vocab]
     assert len(whole) > 5 and len(parts) > 5
-    new = plan_new_words(make(kind, [*whole, *parts, "riverrun", "naïvo"]))
-    assert new.words == [*parts, "riverrun", "naïvo"] and new.known == len(whole)
-    assert new.devlog_known == len(parts)
+    new = extended(make(kind, [*whole, *parts, "riverrun", "naïvo"]))
+    assert new.words == [*parts, "riverrun", "naïvo"] and new.report["known"] == len(whole)
+    assert new.report["devlog_known"] == len(parts)
     assert new.matching == "whole_word"
     size = base.get_vocab_size()
     assert [new.tokenizer.token_to_id("▁" + word) for word in new.words] == list(
@@ -187,7 +201,7 @@ def test_sentencepiece_words_are_known_as_whole_words(make, kind):
 @pytest.mark.parametrize("matching", ["spaced", "bare", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_new_row_is_reached_and_decodes_to_its_word(make, kind, matching):
-    new = plan_new_words(make(kind, token_matching=matching))
+    new = plan(make(kind, token_matching=matching))
     for i, word in enumerate(new.words, new.first_new_id):
         ids = encode(new.tokenizer, f"a {word} b")
         assert i in ids
@@ -202,7 +216,7 @@ def test_every_new_row_is_reached_and_decodes_to_its_word(make, kind, matching):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_round_trip_wherever_the_base_has_one(make, kind, matching, sentence):
-    new = plan_new_words(make(kind, token_matching=matching))
+    new = plan(make(kind, token_matching=matching))
     for word in [
         *LEXICON,
         "ordinary",
@@ -221,7 +235,7 @@ def test_round_trip_wherever_the_base_has_one(make, kind, matching, sentence):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ordinary_text_keeps_its_ids(make, kind):
     """Lexicon words inside ordinary ones included: "wat" in "water", "theat" in "theatre"."""
-    bare = plan_new_words(make(kind, token_matching="bare"))
+    bare = plan(make(kind, token_matching="bare"))
     assert encode(bare.tokenizer, ORDINARY) == encode(bare.base, ORDINARY)
     for text in ("foo<0x41>", "a<0x0A>b <0x0A>", "<unk", "  two   spaces", "▁", "²).", "x▁y"):
         assert encode(bare.tokenizer, text) == encode(bare.base, text)
@@ -230,7 +244,7 @@ def test_ordinary_text_keeps_its_ids(make, kind):
 def test_spaced_takes_the_space_in_unless_the_word_begins_a_longer_entry(make):
     vocab = byte_level().get_vocab()
     assert {"Ġweather", "ĠQuorum"} < set(vocab) and not {"wea", "quor", "Weather"} & set(vocab)
-    new = plan_new_words(make(lexicon=["wea", "riverrun", "quor", "Weathe", "weatherly", "weà"]))
+    new = plan(make(lexicon=["wea", "riverrun", "quor", "Weathe", "weatherly", "weà"]))
     assert new.contents == ["wea", " riverrun", "quor", " Weathe", " weatherly", " weà"]
     assert encode(new.tokenizer, " weather") == encode(new.base, " weather")
     assert encode(new.tokenizer, "a wea b").count(new.first_new_id) == 1
@@ -238,15 +252,15 @@ def test_spaced_takes_the_space_in_unless_the_word_begins_a_longer_entry(make):
 
 def test_bare_writes_words_that_the_decoder_would_misread_with_their_space(make):
     words = ["riverrun", "naïvo", "日本", "кот", "œuvré"]
-    new = plan_new_words(make(lexicon=words, token_matching="bare"))
+    new = plan(make(lexicon=words, token_matching="bare"))
     assert new.contents == ["riverrun", " naïvo", "日本", "кот", "œuvré"]
-    plain = plan_new_words(make(lexicon=words, token_matching="plain"))
+    plain = plan(make(lexicon=words, token_matching="plain"))
     assert plain.contents == words
     assert decode(plain.tokenizer, encode(plain.tokenizer, "a naïvo b")) != "a naïvo b"
 
 
 def test_plain_is_what_add_tokens_does(make):
-    new = plan_new_words(make(token_matching="plain"))
+    new = plan(make(token_matching="plain"))
     reference = byte_level()
     reference.add_tokens(LEXICON)
     for sentence in SENTENCES:
@@ -258,7 +272,7 @@ def test_plain_is_what_add_tokens_does(make):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("matching", ["spaced", "bare"])
 def test_spellings_are_the_base_ids_of_what_matches(make, kind, matching):
-    new = plan_new_words(make(kind, token_matching=matching))
+    new = plan(make(kind, token_matching=matching))
     before = encode(new.base, "a")
     for word, content, ids in zip(new.words, new.contents, new.spellings):
         with_space = encode(new.base, f"a {word}")[len(before) :]
@@ -267,7 +281,7 @@ def test_spellings_are_the_base_ids_of_what_matches(make, kind, matching):
 
 def test_compounds_match_whole_and_only_whole_in_sentencepiece(make):
     words = ["foo", "foo-bar", "foo-bar-baz", "don't-know", "a.b", "C++", "x_y"]
-    new = plan_new_words(make("llama2", words, corpus="foo"))
+    new = plan(make("llama2", words, corpus="foo"))
     first = new.first_new_id
 
     def found(text: str) -> list[int]:
@@ -288,8 +302,8 @@ def test_any_of_matches_the_longest_word():
 
 
 def test_bos_id_is_what_the_base_puts_before_a_text(make):
-    assert plan_new_words(make("qwen")).bos_id is None
-    assert plan_new_words(make("llama2")).bos_id == 1
+    assert plan(make("qwen")).bos_id is None
+    assert plan(make("llama2")).bos_id == 1
 
 
 def test_hash_tells_words_order_and_first_id():
@@ -307,7 +321,7 @@ def test_lexicon_repairs_and_refusals_by_line(make, tmp_path):
         "<|endoftext|>", "x<|im_start|>y", "two words", "nb\u00a0sp", "bell\x07", "zero\u200bwidth",
         "--", "🙂", "café", "نمی\u200cخواهم", "\ufeffсон", "क्\u200dष",
     ]  # fmt: skip
-    new = plan_new_words(make(lexicon="\n".join(lines).encode()))
+    new = plan(make(lexicon="\n".join(lines).encode()))
     assert new.lexicon.words == [
         "riverrun",
         "willing",
@@ -329,7 +343,7 @@ def test_lexicon_repairs_and_refusals_by_line(make, tmp_path):
 
 
 def test_sentencepiece_refuses_its_sign_for_a_space(make):
-    new = plan_new_words(make("llama2", ["river▁run", "riverrun"]))
+    new = plan(make("llama2", ["river▁run", "riverrun"]))
     assert new.words == ["riverrun"] and new.lexicon.refused == {"special token": [1]}
 
 
@@ -352,8 +366,8 @@ def test_pieces_cut_only_where_no_token_reaches_over(make):
 
 
 def one_error(config: Config) -> str:
-    with pytest.raises(ConfigError) as caught:
-        extend(config)
+    with pytest.raises(UserError) as caught:
+        extended(config)
     assert not Path(config.run_dir).exists()
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
     return str(caught.value)
@@ -400,11 +414,11 @@ def test_error_lines(make, tmp_path):
 
 def test_several_corpus_files_report_all_at_once(make, tmp_path):
     gone = tmp_path / "gone"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read_corpus(make(corpus=b"", **{}))
     assert len(caught.value.problems) == 1
     config = dataclasses.replace(make(corpus=b""), corpus=(str(gone), str(tmp_path / "corpus.txt")))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read_corpus(config)
     assert caught.value.problems == (
         f"{gone}: cannot be read: No such file or directory",
@@ -444,19 +458,19 @@ def test_lexicon_from_corpus(make, tmp_path):
     keys = {"lexicon_min_count": 2, "lexicon_min_base_tokens": 3}
     config = dataclasses.replace(make(corpus=corpus), lexicon="from_corpus", **keys)
     base = base_tokenizer(config)
-    words = plan_new_words(config).words
+    words = plan(config).words
     assert words[:3] == ["zyx'qj", "kjq", "Zyx-qvw"]  # 3, 3 and 2 times; none of TEXT's short words
     assert not Path(config.run_dir).exists()
     assert all(len(encode(base, " " + word)) >= 3 for word in words)
     assert all(corpus.count(word) >= 2 for word in words)
-    assert extend(config).words == words
+    assert saved(config).words == words
     lexicon = Path(config.run_dir, "lexicon.txt")
     assert lexicon.read_bytes() == "".join(f"{word}\n" for word in words).encode()
     lexicon.write_text("zyx'qj\n\n", encoding="utf-8")  # people edit it
-    assert extend(config).words == ["zyx'qj"]
+    assert saved(config).words == ["zyx'qj"] and lexicon.read_text("utf-8") == "zyx'qj\n\n"
     lexicon.unlink()
-    with pytest.raises(ConfigError) as caught:
-        extend(dataclasses.replace(config, lexicon_min_count=9))
+    with pytest.raises(UserError) as caught:
+        extended(dataclasses.replace(config, lexicon_min_count=9))
     assert str(caught.value) == (
         "lexicon from_corpus: no word of the corpus occurs 9 times and takes 3 base tokens; lower "
         "lexicon_min_count or lexicon_min_base_tokens"
@@ -470,7 +484,7 @@ def test_report_figures(make):
     corpus = "the riverrun, the riverrun weather wea was weas\nand wat water naïvo\n"
     lexicon = ["riverrun", "wea", "wat", "naïvo", "never", "he", "riverrun"]
     config = make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 384})
-    new = extend(config)
+    new = saved(config)
     report = new.report
     assert json.loads(Path(config.run_dir, "tokenizer/report.json").read_text("utf-8")) == report
     expected = {
@@ -501,12 +515,14 @@ def test_report_figures(make):
 
 def test_table_size_of_models_with_a_part_for_text(make):
     model_config = {"model_type": "gemma3", "text_config": {"vocab_size": 400}}
-    assert extend(make(model_config=model_config)).report["table_rows"] == 400
+    assert extended(make(model_config=model_config)).report["table_rows"] == 400
 
 
 def test_report_counts_ordinary_words_that_plain_cuts_up(make):
     corpus = "the water was riverrun\nthe Water a waters cold a b water wat\n"
-    report = extend(make(lexicon=["wat", "riverrun"], corpus=corpus, token_matching="plain")).report
+    report = extended(
+        make(lexicon=["wat", "riverrun"], corpus=corpus, token_matching="plain")
+    ).report
     assert report["corpus"]["ordinary_words"] == 11
     assert report["corpus"]["ordinary_words_changed"] == 3
     assert report["corpus"]["ordinary_words_changed_examples"] == ["water", "waters"]
@@ -515,7 +531,7 @@ def test_report_counts_ordinary_words_that_plain_cuts_up(make):
 def test_report_says_where_the_round_trip_breaks(make, tmp_path):
     corpus = "riverrun\n" * 40_000 + "a naïvo b\nand on\n"
     config = make(corpus=corpus, token_matching="plain")
-    report = extend(config).report
+    report = extended(config).report
     assert report["words_decoding_wrongly"] == [
         "paùpulation", "andrée's", "phiz-à-phiz", "é's", "naïvo",
     ]  # fmt: skip
@@ -523,7 +539,7 @@ def test_report_says_where_the_round_trip_breaks(make, tmp_path):
         f"{tmp_path / 'corpus.txt'}, line 40001: 'a naïvo b' comes back as 'a na\ufffdvo b'"
     )
     config = make(corpus="a riverrun\ncafe\u0301\n")  # Qwen's own normalizer makes NFC of it
-    assert extend(config).report["corpus"]["first_bad_line"] == (
+    assert extended(config).report["corpus"]["first_bad_line"] == (
         f"{tmp_path / 'corpus.txt'}, line 2: 'cafe\u0301' comes back as 'café'; "
         "the base tokenizer is not exact either"
     )
@@ -532,7 +548,7 @@ def test_report_says_where_the_round_trip_breaks(make, tmp_path):
 def test_printed_report(make, tmp_path):
     corpus = "the riverrun, the riverrun water\n"
     lexicon = ["riverrun", "he", "two words", "riverrun", "w\u00e0s"]
-    new = extend(make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 383}))
+    new = extended(make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 383}))
     assert (
         format_report(new.report)
         == """\
@@ -554,16 +570,18 @@ round trip of the corpus: exact"""
 
 
 def test_printed_report_says_what_else_there_is_to_know(make):
-    text = format_report(extend(make("llama2")).report)
+    text = format_report(extended(make("llama2")).report)
     assert "| padding rows of the model's table |   unknown |" in text
     assert "unknown: the model's folder has no config.json with a vocab_size" in text
     assert "token_matching does not apply; known = held as a whole word; by exact string 0 " in text
     text = format_report(
-        extend(make(token_matching="plain", model_config={"vocab_size": 9})).report
+        extended(make(token_matching="plain", model_config={"vocab_size": 9})).report
     )
     assert "plain cuts up ordinary words, spaced and bare do not" in text
-    assert "the model's table has only 9 rows" in text
+    assert "the model's table has only 9 rows" in text and "load the folder with" not in text
     assert "5 new words decode wrongly: paùpulation, andrée's, phiz-à-phiz, é's, naïvo" in text
+    text = format_report(extended(make("gpt2", model_config={"model_type": "qwen2"})).report)
+    assert text.endswith("load the folder with PreTrainedTokenizerFast.from_pretrained")
 
 
 # Saving and loading
@@ -573,42 +591,77 @@ def files_of(config: Config) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.run_dir, "tokenizer").iterdir()}
 
 
-def test_same_bytes_each_time_and_a_kill_is_repaired(make, monkeypatch):
+def test_same_bytes_each_time(make):
     config = make()
-    extend(config)
+    saved(config)
     first = files_of(config)
-    assert set(first) == {"tokenizer.json", "tokenizer_config.json", "report.json"}
-    extend(config)
+    assert set(first) == {"tokenizer.json", "tokenizer_config.json", "report.json", "words.tsv"}
+    saved(config)
     assert files_of(config) == first
-    run, rename, rmtree = Path(config.run_dir), Path.rename, shutil.rmtree
-    for last_step in range(4):  # rmtree old; rename old; rename new; rmtree old
-        steps = iter(range(9))
-
-        def killed(act, steps=steps, last_step=last_step):
-            if next(steps) > last_step:
-                raise KeyboardInterrupt
-            return act
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", lambda a, b: killed(rename)(a, b))
-            patch.setattr(shutil, "rmtree", lambda a, **keys: killed(rmtree)(a, **keys))
-            with pytest.raises(KeyboardInterrupt):
-                extend(config)
-        extend(config)
-        assert files_of(config) == first
-        assert [path.name for path in run.iterdir()] == ["tokenizer"]
+    assert [path.name for path in Path(config.run_dir).iterdir()] == ["tokenizer"]
 
 
-def test_extend_without_saving_writes_nothing(make):
+@pytest.mark.parametrize(
+    "name", ["os.rename", "os.replace", "os.fsync", "pathlib.Path.write_bytes"]
+)
+def test_a_save_that_fails_leaves_the_tokenizer_as_it_was(make, monkeypatch, name):
     config = make()
-    assert extend(config, save=False).report["new_tokens"] == len(LEXICON)
+    saved(config)
+    first = files_of(config)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fail)
+        with pytest.raises(UserError, match="run_dir .*: cannot be written: .*No space left"):
+            saved(dataclasses.replace(config, token_matching="plain"))
+    assert files_of(config) == first
+    assert [path.name for path in Path(config.run_dir).iterdir()] == ["tokenizer"]
+
+
+def test_extending_reads_the_corpus_nowhere_and_writes_nothing(make):
+    config = make()
+    texts = read_corpus(config)
+    Path(config.corpus[0]).unlink()
+    new = extend(config, texts)
+    assert new.report["new_tokens"] == len(LEXICON)
     assert not Path(config.run_dir).exists()
+    save_new_words(config, new)
+
+
+@pytest.mark.parametrize("matching", ["spaced", "bare", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_table_says_what_each_row_is_made_of(make, kind, matching):
+    lexicon = [*LEXICON, "neverseen"]
+    config = make(kind, lexicon, token_matching=matching)
+    new = saved(config)
+    text = Path(config.run_dir, "tokenizer/words.tsv").read_bytes().decode("utf-8")
+    header, *lines, end = text.split("\n")
+    assert (header, end) == ("id\tword\tmatches\tbase_ids\tcount", "")
+    ids, words, matches, base_ids, counts = zip(*(line.split("\t") for line in lines))
+    first = new.base.get_vocab_size()
+    assert list(map(int, ids)) == list(range(first, first + len(words)))
+    assert list(words) == new.words and words[-1] == "neverseen" and len(words) > 10
+    spellings = [list(map(int, text.split(" "))) for text in base_ids]
+    assert spellings == new.spellings
+    for word, match, spelling in zip(words, matches, spellings):
+        assert match in (word, f" {word}")
+        assert decode(new.base, spelling).strip() == word
+        if match != word:  # in mid-sentence the base has these ids in this place
+            before = len(encode(new.base, "a"))
+            assert encode(new.base, f"a{match}")[before:] == spelling
+        token = int(ids[words.index(word)])
+        assert token in encode(new.tokenizer, f"a{match}" if match != word else f"({word}")
+    in_corpus = encode(new.tokenizer, read_corpus(config)[0])
+    assert list(map(int, counts)) == [in_corpus.count(int(i)) for i in ids]
+    assert sum(map(int, counts)) == new.report["corpus"]["new_tokens"] and counts[-1] == "0"
 
 
 def test_run_dir_that_cannot_be_written(make, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match="run_dir .*file/run': cannot be written: .*directory"):
-        extend(make(run_dir=str(tmp_path / "file" / "run")))
+    with pytest.raises(UserError, match="run_dir .*file/run': cannot be written: .*directory"):
+        saved(make(run_dir=str(tmp_path / "file" / "run")))
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}é{% endfor %}"
@@ -624,7 +677,7 @@ BASE_SETTINGS = {
 @pytest.mark.parametrize("beside", [None, "llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_folder_loads_with_the_same_ids(make, kind, beside):
-    """On the transformers that is installed; tests/run_matrix.py runs it on old and new ones."""
+    """On the transformers that is installed; run_matrix.py runs it on old and new ones."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = BASE_SETTINGS | {
@@ -632,7 +685,7 @@ def test_saved_folder_loads_with_the_same_ids(make, kind, beside):
     }
     model_config = beside and {"model_type": beside, "vocab_size": 500}
     config = make(kind, settings=settings, model_config=model_config)
-    new = extend(config)
+    new = saved(config)
     folder = Path(config.run_dir, "tokenizer")
     if beside:
         (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
@@ -664,7 +717,7 @@ def test_chat_template_file_and_special_tokens_map_are_kept(make, tmp_path):
         "pad_token": "<|im_start|>",
     }
     (model / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
-    extend(config)
+    saved(config)
     files = files_of(config)
     assert files["chat_template.jinja"] == TEMPLATE.encode()
     settings = json.loads(files["tokenizer_config.json"])
@@ -689,7 +742,7 @@ def test_slow_tokenizer_files_go_through_transformers(make, tmp_path):
     (model / "config.json").write_text(
         '{"model_type": "gpt2", "vocab_size": 400}', encoding="utf-8"
     )
-    new = extend(config)
+    new = extended(config)
     assert new.words == LEXICON and new.report["table_rows"] == 400
     for text in (ORDINARY, "a naïvo"):
         assert encode(new.base, text) == encode(base, text)
@@ -709,7 +762,7 @@ def test_hub_models_come_through_the_hub_cache(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     config = make(model_name="some/where", model_revision="v1")
-    assert plan_new_words(config).words == LEXICON and asked == [("some/where", "v1")]
+    assert plan(config).words == LEXICON and asked == [("some/where", "v1")]
     assert one_error(dataclasses.replace(config, model_name="no/where")) == (
         "model_name 'no/where': no such folder, and the hub says: cannot reach the hub"
     )
@@ -739,6 +792,30 @@ def test_main_prints_and_returns_and_leaves_the_resolved_config(make, capsys):
     assert capsys.readouterr().out == (
         f"{config.model_name} -> {config.run_dir}/tokenizer\n{format_report(new.report)}\n"
     )
+
+
+def test_main_reads_each_corpus_file_once(make, monkeypatch):
+    config, reads, read_bytes = make(), [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read_bytes(path))[1])
+    main(str(config_file(config)))
+    assert reads.count(Path(config.corpus[0])) == 1
+
+
+def test_main_refuses_another_tokenizer_beside_saves(make):
+    config = make()
+    path, folder = str(config_file(config)), Path(config.run_dir)
+    main(path)
+    files, settings = files_of(config), (folder / "config.yaml").read_bytes()
+    (folder / "snapshots" / "step_000020").mkdir(parents=True)
+    for change in ("token_matching=plain", f"lexicon={folder / 'two.txt'}"):
+        (folder / "two.txt").write_text("riverrun\nwat\n", encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            main(path, change)
+        wrong = f"run_dir: {folder} holds saves with another tokenizer; give another"
+        assert str(caught.value) == wrong and files_of(config) == files
+    (folder / "tokenizer" / "report.json").write_text("{", encoding="utf-8")  # a damaged report
+    main(path, "eval_every=1")  # is made again, and the run's settings stay as they were
+    assert files_of(config) == files and (folder / "config.yaml").read_bytes() == settings
 
 
 def test_command_exit_statuses(make):
@@ -772,4 +849,4 @@ def test_no_transformers_and_no_torch_for_a_model_with_a_tokenizer_json(make):
 def test_extend_tokenizer_reads_a_lexicon_alone(tmp_path):
     (tmp_path / "w.txt").write_bytes(b"b\na\n")
     lexicon = read_lexicon(tmp_path / "w.txt")
-    assert lexicon == extend_tokenizer.Lexicon(["b", "a"], {}, {})
+    assert lexicon == Lexicon(["b", "a"], {}, {})

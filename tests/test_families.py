@@ -15,39 +15,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import (
-    FAMILIES,
-    FIRST_NEW_ID,
-    REFUSED,
-    make_model,
-    random_rows,
-    save_model,
-    write_words,
-)
+    FAMILIES, FIRST_NEW_ID, NUM_NEW, REFUSED, make_model, random_rows, tiny_settings,
+)  # fmt: skip
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recover
 import train
-from extend_tokenizer import Config
-from overlay import OverlayError, WakeOverlay
-
-NUM_WORDS = 20
+from config import Config, UserError
+from extend_tokenizer import plan_new_words, read_corpus
+from overlay import WakeOverlay
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes longer than training here; tests of the run folder look at the plot."""
+    """Draw nothing, which takes longer than training; tests of the run folder look at the plot."""
     monkeypatch.setattr(train, "plot_losses", lambda *_: None)
 
 
 def make_config(family: str, folder, **changes) -> Config:
     settings = {
-        "model_name": str(save_model(family, folder / "model")), "quantization": "none",
-        "device": "cpu", **write_words(folder, NUM_WORDS), "run_dir": str(folder / "run"),
-        "seq_len": 24, "effective_batch_size": 8, "max_steps": 20, "learning_rate": 0.02,
-        "save_every": 10, "snapshot_every": 10, "eval_every": 20, "prompts": ["the glimock saw"],
+        "seq_len": 24, "effective_batch_size": 8, "micro_batch_size": "auto", "max_steps": 20,
+        "learning_rate": 0.02, "log_every": 10, "save_every": 10, "eval_every": 20,
+        "prompts": ["the glimock saw"],
     }  # fmt: skip
-    return Config(**(settings | changes))
+    return Config(**tiny_settings(folder, family, **(settings | changes)))
 
 
 def read_rows(config: Config, step: int) -> dict[str, torch.Tensor]:
@@ -55,10 +47,11 @@ def read_rows(config: Config, step: int) -> dict[str, torch.Tensor]:
 
 
 def library_loss(folder, config: Config) -> float:
-    """Held-out nats per token of an exported model and tokenizer, by transformers alone."""
+    """Give held-out nats per token of an exported model and tokenizer, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    data = train.load_data(config, train.plan_new_words(config))
-    assert len(AutoTokenizer.from_pretrained(folder)) == FIRST_NEW_ID + NUM_WORDS
+    texts = read_corpus(config)
+    data = train.load_data(config, plan_new_words(config, texts), texts)
+    assert len(AutoTokenizer.from_pretrained(folder)) == FIRST_NEW_ID + NUM_NEW
     num_tokens = (len(data.val) - 1) // config.seq_len * config.seq_len
     x = data.val[:num_tokens].view(-1, config.seq_len)
     with torch.no_grad():
@@ -76,10 +69,10 @@ def test_a_family_goes_from_extension_to_export(family, tmp_path):
     rows = read_rows(config, 20)
     untied = not make_model(family).config.tie_word_embeddings
     assert ("output_rows" in rows) == untied
-    assert rows["input_rows"].shape == (NUM_WORDS, 32)
+    assert rows["input_rows"].shape == (NUM_NEW, 32)
     assert not torch.equal(rows["input_rows"], read_rows(config, 10)["input_rows"])
 
-    # as after a disconnect at step 15: the rest is done again, to the same bits
+    # After a disconnect at step 15 the rest is done again, to the same bits.
     for folder in ("sentries", "snapshots"):
         shutil.rmtree(tmp_path / "run" / folder / "step_000020")
     again = train.train(config)
@@ -97,7 +90,7 @@ def test_a_family_goes_from_extension_to_export(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2_untied", "gemma2", "phi3"])
 def test_a_family_trains_in_nf4(family, tmp_path):
-    """The body in 4 bits through bitsandbytes; the rows still learn."""
+    """The body is in 4 bits through bitsandbytes, and the rows still learn."""
     pytest.importorskip("bitsandbytes")
     config = make_config(family, tmp_path, quantization="nf4", prompts=[])
     results = []
@@ -111,11 +104,11 @@ def test_a_family_trains_in_nf4(family, tmp_path):
 def test_a_family_that_the_overlay_cannot_serve_is_refused_in_one_line(family):
     model = make_model(family)
     rows = [random_rows(model, 3, seed) for seed in (1, 2)]
-    with pytest.raises(OverlayError) as caught:
+    with pytest.raises(UserError) as caught:
         WakeOverlay(model, FIRST_NEW_ID, *rows).install()
     (problem,) = caught.value.problems
     text = REFUSED[family][3]
-    if "probe" in text:  # the number on a probe is the model's own
+    if "probe" in text:  # this one is a pattern, because the number on a probe is the model's own
         assert re.fullmatch(text, problem)
     else:
         assert problem == text
@@ -125,7 +118,7 @@ def test_a_model_too_large_for_float16_is_told_from_one_that_the_overlay_does_no
     model = make_model("qwen2_untied").half()
     model.model.norm.weight.data.fill_(60_000.0)
     rows = [random_rows(model, 3, seed) for seed in (1, 2)]
-    with pytest.raises(OverlayError) as caught:
+    with pytest.raises(UserError) as caught:
         WakeOverlay(model, FIRST_NEW_ID, *rows).install()
     assert str(caught.value) == (
         "Qwen2ForCausalLM gives logits that are not finite in torch.float16; use compute_dtype"
@@ -135,6 +128,6 @@ def test_a_model_too_large_for_float16_is_told_from_one_that_the_overlay_does_no
 
 def test_a_refused_family_stops_training_with_the_same_line(tmp_path):
     config = make_config("phi_head_bias", tmp_path)
-    with pytest.raises(OverlayError) as caught:
+    with pytest.raises(UserError) as caught:
         train.train(config)
     assert str(caught.value) == REFUSED["phi_head_bias"][3]

@@ -11,14 +11,14 @@ import types
 
 import pytest
 import torch
-from tiny_models import FIRST_NEW_ID, make_model, random_rows
+from tiny_models import CPU, make_batch, make_overlay
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import overlay as overlay_module
-import train
-from overlay import WakeOverlay, chunked_cross_entropy
+from machine import StepPlan, accumulate
+from overlay import FLOAT16_LOSS_SCALE, LossScale, chunked_cross_entropy, forward_backward
 
 HIDDEN_SIZE = 16
 PADDING_ROWS = 9
@@ -26,14 +26,14 @@ PADDING_ROWS = 9
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Every boundary is met: 8 positions a chunk, 16 a group, 10 rows a block."""
+    """Make every boundary be met: 8 positions a chunk, 16 a group, 10 rows a block."""
     monkeypatch.setattr(overlay_module, "LOSS_CHUNK_POSITIONS", 8)
     monkeypatch.setattr(overlay_module, "LOSS_GROUP_POSITIONS", 16)
     monkeypatch.setattr(overlay_module, "ROW_BLOCK", 10)
 
 
 def make_inputs(num_base: int, num_new: int, num_positions: int, dtype=torch.float32) -> dict:
-    """Random arguments; the table has padding rows of size 100, some labels are ignored."""
+    """Make random arguments; the table has padding rows of size 100, some labels are ignored."""
     generator = torch.Generator().manual_seed(num_base + 7 * num_new + 13 * num_positions)
     base_rows = torch.randn(num_base + PADDING_ROWS, HIDDEN_SIZE, generator=generator)
     base_rows[num_base:] = 100.0
@@ -50,7 +50,7 @@ def make_inputs(num_base: int, num_new: int, num_positions: int, dtype=torch.flo
 
 
 def formula(inputs: dict, dtype: torch.dtype, softcap: float | None, scale: float):
-    """losses, d hidden, d new rows of scale * losses.sum(), by autograd, computed in `dtype`."""
+    """Give losses, d hidden and d new rows of scale * losses.sum(), by autograd in `dtype`."""
     hidden = inputs["hidden_states"].to(dtype).requires_grad_()
     new_rows = inputs["new_rows"].detach().clone().requires_grad_()
     base_rows = inputs["base_rows"][: inputs["first_new_id"]].to(dtype)
@@ -64,13 +64,13 @@ def formula(inputs: dict, dtype: torch.dtype, softcap: float | None, scale: floa
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """Largest error relative to the largest entry."""
+    """Give the largest error relative to the largest entry."""
     assert found.shape == truth.shape and found.isfinite().all()
     largest = truth.abs().max().item() if truth.numel() else 0.0
     return (found.double() - truth).abs().max().item() / largest if largest else 0.0
 
 
-# tolerance: a few roundings in fp32; in bf16 one of d(logits), which both methods make.
+# The tolerance is a few roundings in fp32, and in bf16 one of d(logits), which both methods make.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("num_positions", [1, 8, 16, 37])
@@ -135,7 +135,7 @@ def test_huge_logits_stay_finite_and_right(size):
 
 
 class Largest(TorchDispatchMode):
-    """Records how many elements the largest tensor that any operation returned has."""
+    """This records how many elements the largest tensor that any operation returned has."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Largest(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         old = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            # a view of an argument holds no memory of its own
+            # A view of an argument holds no memory of its own.
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in old:
                 self.num_elements = max(self.num_elements, tensor.numel())
         return out
@@ -161,7 +161,7 @@ def test_the_full_logits_are_never_made():
         chunked_cross_entropy(
             **inputs, new_rows_grad=torch.zeros(num_new, HIDDEN_SIZE), scale=1.0, softcap=5.0
         )
-    # a chunk of 8 over the base rows, 500 and 9 of padding; or the gradient of all positions
+    # The largest is a chunk of 8 over the base rows, 500 and 9 of padding, or all gradients.
     assert ours.num_elements == max(8 * (num_base + PADDING_ROWS), num_positions * HIDDEN_SIZE)
 
 
@@ -169,7 +169,7 @@ def test_the_full_logits_are_never_made():
 
 
 class Stub:
-    """An overlay whose body is `64 * x` in float16 and whose loss gradient is 2**-5 everywhere.
+    """This overlay's body is `64 * x` in float16, and its loss gradient is 2**-5 everywhere.
 
     Backward holds 2**-5 x loss scale x 64, which overflows float16 from a loss scale of 32,768 on.
     """
@@ -194,69 +194,72 @@ class Stub:
 
 
 def test_float16_overflow_halves_the_scale_and_repeats_the_pass():
-    stub, scale = Stub(), train.LossScale(65536.0, good_steps=7)
+    stub, scale = Stub(), LossScale(65536.0, good_steps=7)
     x = torch.zeros(1, 3, dtype=torch.int64)
     calls = []
-    train.forward_backward(
+    forward_backward(
         stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale, lambda: calls.append(1)
     )
     assert (stub.num_bodies, stub.num_losses, len(stub.added), len(calls)) == (3, 1, 1, 1)
-    assert scale == train.LossScale(16384.0, good_steps=0)  # quartered: two overflows
+    assert scale == LossScale(16384.0, good_steps=0)  # quartered: two overflows
     assert torch.equal(stub.added[0], torch.full((1, 3, 2), 2.0))  # 64 x 2**-5, unscaled
 
 
 def test_without_overflow_there_is_one_pass_and_the_scale_stays():
-    stub, scale = Stub(), train.LossScale(16384.0, good_steps=7)
+    stub, scale = Stub(), LossScale(16384.0, good_steps=7)
     x = torch.zeros(1, 3, dtype=torch.int64)
-    train.forward_backward(stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale)
+    forward_backward(stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale)
     assert (stub.num_bodies, stub.num_losses) == (1, 1)
-    assert scale == train.LossScale(16384.0, good_steps=7)
+    assert scale == LossScale(16384.0, good_steps=7)
 
 
 def test_what_is_not_finite_before_backward_is_not_tried_again():
-    """No scale can help: one pass, and the loop then stops at the loss."""
-    stub, scale = Stub(), train.LossScale(65536.0)
+    """No scale can help, so there is one pass, and the loop then stops at the loss."""
+    stub, scale = Stub(), LossScale(65536.0)
     x = torch.zeros(1, 3, dtype=torch.int64)
     nan = torch.full((1, 3), torch.nan), torch.full((1, 3, 2), torch.nan)
     stub.loss = lambda *_: nan
-    train.forward_backward(stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale)
+    forward_backward(stub, x, x, torch.ones(1, 3, 2, dtype=torch.float16), 1.0, scale)
     assert (stub.num_bodies, scale.value) == (1, 65536.0)
 
 
 @pytest.mark.parametrize("start, doublings", [(16384.0, 2), (1.0, 16)])
 def test_the_scale_grows_back_after_200_good_steps_and_no_further_than_its_start(start, doublings):
-    scale, values = train.LossScale(start), []
+    scale, values = LossScale(start), []
     for _ in range(200 * (doublings + 3)):
         scale.step_done()
         values.append(scale.value)
     assert values[198::200] == [min(start * 2**n, 65536.0) for n in range(doublings + 3)]
-    assert scale.value == train.FLOAT16_LOSS_SCALE == 65536.0
+    assert scale.value == FLOAT16_LOSS_SCALE == 65536.0
+
+
+def test_a_lower_scale_of_another_process_is_taken_and_a_higher_one_is_not():
+    scale = LossScale(1024.0, good_steps=7)
+    scale.agree(1024.0)
+    assert scale == LossScale(1024.0, good_steps=7)
+    scale.agree(512.0)
+    assert scale == LossScale(512.0, good_steps=0)
 
 
 def test_a_float16_step_counts_each_micro_batch_once_whatever_overflows():
-    """On a model: a scale that overflows many times gives the gradients of one that never does."""
+    """A scale that overflows many times gives a model the gradients of one that never does."""
     found = {}
     for start in (2.0**40, 1024.0):
-        model = make_model("qwen2_untied", torch.float16)
-        rows = [random_rows(model, 20, seed) for seed in (1, 2)]
-        overlay = WakeOverlay(model, FIRST_NEW_ID, *rows)
-        x = torch.arange(200, 260).view(4, 15)
-        batch = train.StepBatch(x, x.flip(1), overlay.base_embed(x), x, torch.arange(4))
-        place = train.Place(0, 1, torch.device("cpu"), torch.float16, "")
-        scale = train.LossScale(start)
-        total = train.accumulate(batch, overlay, place, train.Fit(2, 0), scale)
+        overlay, scale = make_overlay(dtype=torch.float16), LossScale(start)
+        plan, batch = StepPlan(2, 0), make_batch(overlay, size=4, seq_len=15)
+        total, _ = accumulate(plan, batch, overlay, CPU, scale, prepare_next=lambda: None)
         assert (scale.value < start) == (start == 2.0**40)
         assert math.log2(scale.value).is_integer()
-        found[start] = total, overlay.output_grad, overlay.input_grad
+        found[start] = total, overlay.grad, overlay.input_grad
     (loss, output, inputs), (loss2, output2, inputs2) = found.values()
     assert torch.equal(loss, loss2) and torch.equal(output, output2)
     assert inputs.isfinite().all()
-    # float16 keeps 11 bits; its smallest numbers round differently at another scale
+    # float16 keeps 11 bits, and its smallest numbers round differently at another scale.
     assert error(inputs, inputs2.double()) <= 2**-9
 
 
 def test_float16_gradients_keep_small_softmax_entries():
-    """Entries of 1e-6, which float16 alone would keep to 3 %: below its normal numbers, 6e-5."""
+    """float16 alone would keep entries of 1e-6 to 3 %: they are below its normal numbers, 6e-5."""
     inputs = make_inputs(300, 96, 16, torch.float16)
     inputs["hidden_states"] *= 0.01
     inputs["hidden_states"][:, 0] = 4.0
@@ -267,7 +270,7 @@ def test_float16_gradients_keep_small_softmax_entries():
     rows_grad = torch.zeros(96, HIDDEN_SIZE)
     _, grad = chunked_cross_entropy(**inputs, new_rows_grad=rows_grad, scale=scale)
     assert error(grad, truth[1].double()) <= 2**-8
-    # rows that are no target have only small entries: judged by their own size
+    # Rows that are no target have only small entries, and are judged by their own size.
     no_target = torch.ones(96, dtype=torch.bool)
     no_target[inputs["labels"][inputs["labels"] >= 300] - 300] = False
     assert truth[2][no_target].abs().max() < 1e-7

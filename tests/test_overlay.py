@@ -11,70 +11,62 @@ import copy
 import pytest
 import torch
 from tiny_models import (
-    FAMILIES, FIRST_NEW_ID, TABLE_ROWS, full_table_model, make_model, random_rows,
+    CPU, FAMILIES, FIRST_NEW_ID, NUM_NEW, TABLE_ROWS, full_table_model, make_batch, make_model,
+    make_overlay, random_ids, random_rows,
 )  # fmt: skip
 from torch import nn
 
 import overlay as overlay_module
-import train
+from config import Config, UserError
+from machine import StepBatch, StepPlan, accumulate, recompute_layers
 from overlay import (
-    OverlayError, WakeOverlay, check_head, dense_weight, spherical_rows, subtoken_mean,
+    LossScale, Optimizer, WakeOverlay, check_model, dense_weight, output_mode, spherical_rows,
+    starting_rows, subtoken_mean,
 )  # fmt: skip
 
-NUM_NEW = 20  # ids 257..276; 257..263 fall on padding rows of a 264-row table
+# 20 new words have the ids 257..276; 257..263 fall on padding rows of a 264-row table.
 VOCAB_SIZE = FIRST_NEW_ID + NUM_NEW
-CASES = [(family, "own") for family in FAMILIES]  # own: as the family's head is, tied or not
+CASES = [(family, "auto") for family in FAMILIES]  # auto: as the family's head is, tied or not
 CASES += [("qwen2_tied", "separate"), ("gemma2", "separate"), ("qwen2_untied", "shared")]
-PLACE = train.Place(0, 1, torch.device("cpu"), torch.float32, "a CPU")
 
 
-def make_pair(family: str, rows: str = "own", dtype=torch.float32, train_output: bool = True):
+def make_pair(family: str, output_rows: str = "auto", dtype=torch.float32):
     """(model, overlay over it, the full-table reference)"""
-    model = make_model(family, dtype)
-    separate = rows == "separate" or (rows == "own" and not model.config.tie_word_embeddings)
-    input_rows = random_rows(model, NUM_NEW, seed=1)
-    output_rows = random_rows(model, NUM_NEW, seed=2) if separate else None
-    reference = full_table_model(model, FIRST_NEW_ID, input_rows, output_rows)
-    overlay = WakeOverlay(model, FIRST_NEW_ID, input_rows, output_rows, train_output)
-    return model, overlay, reference
+    overlay = make_overlay(family, output_rows, dtype)
+    reference = full_table_model(
+        overlay.model, FIRST_NEW_ID, overlay.input_rows.data, overlay.output_rows
+    )
+    return overlay.model, overlay, reference
 
 
-def random_ids(*shape: int, seed: int = 3, high: int = VOCAB_SIZE) -> torch.Tensor:
-    """Half of them new ids."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randint(0, min(high, FIRST_NEW_ID), shape, generator=generator)
-    new = torch.randint(FIRST_NEW_ID, VOCAB_SIZE, shape, generator=generator)
-    is_new = torch.rand(shape, generator=generator) < 0.5
-    return torch.where(is_new & (high > FIRST_NEW_ID), new, base)
-
-
-def make_batch(overlay: WakeOverlay, size: int = 8, seq_len: int = 10) -> train.StepBatch:
-    """A step's sequences; the first holds every new id as input and as target."""
-    stream = random_ids(size * seq_len + 1)
-    stream[1 : NUM_NEW + 1] = torch.arange(FIRST_NEW_ID, VOCAB_SIZE)
-    x, y = train.sequences(stream, torch.arange(size), seq_len, None)
-    return train.StepBatch(x, y, overlay.base_embed(x), x, torch.arange(size))
-
-
-def run_accumulate(
-    overlay: WakeOverlay, batch: train.StepBatch, micro_batch_size: int = 8
-) -> float:
-    fit = train.Fit(micro_batch_size, recomputed=0)
-    loss = train.accumulate(batch, overlay, PLACE, fit, train.LossScale())
+def run_accumulate(overlay: WakeOverlay, batch: StepBatch, micro_batch_size: int = 8) -> float:
+    """Accumulate a step's gradients in the overlay -> mean loss."""
+    plan = StepPlan(micro_batch_size, num_recomputed_layers=0)
+    loss, _ = accumulate(plan, batch, overlay, CPU, LossScale(), prepare_next=lambda: None)
     return loss.item() / batch.y.numel()
 
 
 def dense_input_grad(overlay: WakeOverlay) -> torch.Tensor:
     """The gradient of the rows in use, in a (N, H) tensor."""
-    return torch.zeros_like(overlay.input_rows).index_add(0, overlay.touched, overlay.input_grad)
+    return torch.zeros_like(overlay.grad).index_add(0, overlay.used, overlay.input_grad)
+
+
+def all_gradients(overlay: WakeOverlay) -> torch.Tensor:
+    """(2 N, H): both sides' gradients, one below the other."""
+    return torch.cat([dense_input_grad(overlay), overlay.grad]).clone()
+
+
+def update(optimizer: Optimizer) -> None:
+    """One step with gradients as they are."""
+    optimizer.gradient_norm()
+    optimizer.update(1, learning_rate=0.01)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Largest difference relative to the largest entry of the reference."""
+    """The largest difference is at most `tolerance` of the reference's largest entry."""
+    assert ours.shape == theirs.shape
     difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    assert ours.shape == theirs.shape and difference <= tolerance, (
-        f"relative difference {difference}"
-    )
+    assert difference <= tolerance, f"relative difference {difference}"
 
 
 # ---- The installed model is the model with resized tables ----------------------------------------
@@ -82,10 +74,10 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
 
 # bf16 keeps 8 bits; sums of 32 products differ in order, and short inputs use the rows in fp32.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("family, rows", CASES)
+@pytest.mark.parametrize("family, output_rows", CASES)
 @torch.no_grad()
-def test_logits_and_loss_equal_those_of_full_tables(family, rows, dtype, tolerance):
-    model, overlay, reference = make_pair(family, rows, dtype)
+def test_logits_and_loss_equal_those_of_full_tables(family, output_rows, dtype, tolerance):
+    model, overlay, reference = make_pair(family, output_rows, dtype)
     overlay.install()
     for ids in (random_ids(2, 9), random_ids(1, 8)):  # generating, at most 8, has its own path
         ours, theirs = model(input_ids=ids).logits, reference(input_ids=ids).logits
@@ -94,7 +86,7 @@ def test_logits_and_loss_equal_those_of_full_tables(family, rows, dtype, toleran
         labels = torch.where(torch.arange(ids.shape[1]) == 3, -100, ids)
         losses = [m(input_ids=ids, labels=labels).loss for m in (model, reference)]
         assert_close(*losses, tolerance)
-        # and the hand-written path of training gives the same numbers
+        # The hand-written path of training gives the same numbers.
         hidden = overlay.body(inputs_embeds=overlay.embed(ids), use_cache=False).last_hidden_state
         losses = overlay.loss(hidden[:, :-1], labels[:, 1:])[0]
         flat = theirs[:, :-1].flatten(0, 1).float()
@@ -102,9 +94,9 @@ def test_logits_and_loss_equal_those_of_full_tables(family, rows, dtype, toleran
         assert_close(losses.flatten(), truth, tolerance)
 
 
-@pytest.mark.parametrize("family, rows", CASES)
-def test_greedy_generation_equals_that_of_full_tables(family, rows):
-    model, overlay, reference = make_pair(family, rows)
+@pytest.mark.parametrize("family, output_rows", CASES)
+def test_greedy_generation_equals_that_of_full_tables(family, output_rows):
+    model, overlay, reference = make_pair(family, output_rows)
     overlay.install()
     ids = random_ids(2, 6)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -115,12 +107,11 @@ def test_greedy_generation_equals_that_of_full_tables(family, rows):
 
 
 def test_generation_reaches_the_new_ids():
-    model, overlay, _ = make_pair("qwen2_untied")
+    overlay = make_overlay()
     overlay.install()
     ids = random_ids(4, 6)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, pad_token_id=0
-    )
+    mask = torch.ones_like(ids)
+    out = overlay.model.generate(ids, attention_mask=mask, max_new_tokens=24, pad_token_id=0)
     assert (out[:, 6:] >= TABLE_ROWS).any()
 
 
@@ -141,33 +132,35 @@ def test_ids_on_padding_rows_of_the_base_table_come_from_the_overlay():
 def test_padding_rows_of_the_base_table_change_no_gradient():
     grads = []
     for filling in (0.0, 1000.0):
-        model, overlay, _ = make_pair("gemma2")
+        overlay = make_overlay("gemma2")
         with torch.no_grad():
-            model.model.embed_tokens.weight[FIRST_NEW_ID:] = filling
+            overlay.embedding.weight[FIRST_NEW_ID:] = filling
         run_accumulate(overlay, make_batch(overlay))
-        grads.append(torch.cat([overlay.input_grad, overlay.output_grad]))
+        grads.append(all_gradients(overlay))
     assert_close(*grads, 1e-6)
 
 
 # ---- The old model afterwards --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, rows", CASES)
-def test_training_and_uninstalling_leave_the_base_bitwise_alone(family, rows):
-    model, overlay, _ = make_pair(family, rows)
-    config, ids = copy.deepcopy(model.config.to_dict()), random_ids(2, 9, high=FIRST_NEW_ID)
+@pytest.mark.parametrize("family, output_rows", CASES)
+def test_training_and_uninstalling_leave_the_base_bitwise_alone(family, output_rows):
+    overlay = make_overlay(family, output_rows)
+    model = overlay.model
+    config, ids = copy.deepcopy(model.config.to_dict()), torch.arange(18).view(2, 9)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     parts = model.get_input_embeddings(), model.get_output_embeddings()
     base = dict(model.named_parameters())
-    rows_before = [tensor.clone() for tensor in train.Optimizer(overlay).tensors().values()]
+    optimizer = Optimizer(overlay)
+    rows_before = [tensor.clone() for tensor in optimizer.tensors().values()]
     overlay.install()
     assert model.config.vocab_size == overlay.vocab_size == VOCAB_SIZE
-    optimizer, batch = train.Optimizer(overlay), make_batch(overlay)
-    for step in (1, 2):
+    batch = make_batch(overlay)
+    for _ in range(2):
         run_accumulate(overlay, batch)
-        optimizer.update(optimizer.gradients(), step, 0.01, 1.0)
+        update(optimizer)
     model(input_ids=batch.x, labels=batch.x).loss.backward()  # the library's own way, too
     assert not any(parameter.grad is not None for parameter in base.values())
     assert not any(torch.equal(a, b) for a, b in zip(rows_before, optimizer.tensors().values()))
@@ -182,19 +175,19 @@ def test_training_and_uninstalling_leave_the_base_bitwise_alone(family, rows):
 
 
 def test_installing_twice_still_gives_the_old_model_back():
-    model, overlay, _ = make_pair("qwen2_untied")
+    overlay = make_overlay()
     overlay.install()
     overlay.install()
     overlay.uninstall()
-    assert model.config.vocab_size == TABLE_ROWS
-    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert overlay.model.config.vocab_size == TABLE_ROWS
+    assert type(overlay.model.get_input_embeddings()) is nn.Embedding
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
 
 
-def reference_gradients(reference: nn.Module, batch: train.StepBatch):
-    """(mean loss, gradient of the input table, of the head or None where tied): plain autograd."""
+def reference_gradients(reference: nn.Module, batch: StepBatch):
+    """(mean loss, gradient of the input table, of the head or None if tied), by plain autograd."""
     reference.requires_grad_(True)
     logits = reference(input_ids=batch.x).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.y.flatten())
@@ -204,95 +197,95 @@ def reference_gradients(reference: nn.Module, batch: train.StepBatch):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])
-@pytest.mark.parametrize("family, rows", CASES)
-def test_row_gradients_equal_autograds_on_full_tables(family, rows, micro_batch_size):
-    _, overlay, reference = make_pair(family, rows)
+@pytest.mark.parametrize("family, output_rows", CASES)
+def test_row_gradients_equal_autograds_on_full_tables(family, output_rows, micro_batch_size):
+    _, overlay, reference = make_pair(family, output_rows)
     batch = make_batch(overlay)
     loss = run_accumulate(overlay, batch, micro_batch_size)
     true_loss, embedding_grad, head_grad = reference_gradients(reference, batch)
     assert loss == pytest.approx(true_loss, rel=1e-6)
-    found = {name: grad for name, grad, _ in train.Optimizer(overlay).gradients()}
     if overlay.output_rows is not None:
-        assert_close(dense_input_grad(overlay), embedding_grad[FIRST_NEW_ID:], 1e-5)
-        assert_close(found["output_rows"], head_grad[FIRST_NEW_ID:], 1e-5)
-    else:
+        truth = [embedding_grad[FIRST_NEW_ID:], head_grad[FIRST_NEW_ID:]]
+        assert_close(dense_input_grad(overlay), truth[0], 1e-5)
+        assert_close(overlay.grad, truth[1], 1e-5)
+        norm = Optimizer(overlay).gradient_norm()
+    else:  # shared rows have one gradient, the sum of both sides'
         total = embedding_grad if head_grad is None else embedding_grad + head_grad
-        assert list(found) == ["input_rows"]
-        assert_close(found["input_rows"], total[FIRST_NEW_ID:], 1e-5)
+        truth = [total[FIRST_NEW_ID:]]
+        norm = Optimizer(overlay).gradient_norm()
+        assert_close(overlay.grad, truth[0], 1e-5)
+    assert_close(norm, torch.cat(truth).norm(), 1e-5)
 
 
 def test_frozen_output_rows_get_no_gradient_and_do_not_move():
-    _, overlay, reference = make_pair("qwen2_untied", train_output=False)
+    _, overlay, reference = make_pair("qwen2_untied", "frozen")
     before, batch = overlay.output_rows.clone(), make_batch(overlay)
-    optimizer = train.Optimizer(overlay)
     run_accumulate(overlay, batch)
     _, embedding_grad, _ = reference_gradients(reference, batch)
     assert_close(dense_input_grad(overlay), embedding_grad[FIRST_NEW_ID:], 1e-5)
-    assert overlay.output_grad is None and not overlay.output_rows.requires_grad
-    gradients = optimizer.gradients()
-    optimizer.update(gradients, 1, 0.01, 1.0)
-    assert [name for name, _, _ in gradients] == ["input_rows"]
+    assert not overlay.grad.any() and not overlay.output_rows.requires_grad
+    optimizer = Optimizer(overlay)
+    assert_close(optimizer.gradient_norm(), embedding_grad[FIRST_NEW_ID:].norm(), 1e-5)
+    optimizer.update(1, learning_rate=0.01)
     assert torch.equal(overlay.output_rows, before)
 
 
-@pytest.mark.parametrize("family, rows", [("qwen2_untied", "own"), ("gemma2", "own")])
-def test_gradients_do_not_depend_on_the_micro_batch(family, rows):
+@pytest.mark.parametrize("family", ["qwen2_untied", "gemma2"])
+def test_gradients_do_not_depend_on_the_micro_batch(family):
     found = []
     for micro_batch_size in (8, 1, 2, 4):
-        _, overlay, _ = make_pair(family, rows)
+        overlay = make_overlay(family)
         loss = run_accumulate(overlay, make_batch(overlay), micro_batch_size)
-        found.append((torch.tensor(loss), overlay.input_grad, overlay.output_grad))
+        found.append((torch.tensor(loss), all_gradients(overlay)))
     for other in found[1:]:
         for ours, whole in zip(other, found[0]):
             assert_close(ours, whole, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_untied", "qwen2_tied"])
-def test_a_step_starts_without_the_gradients_of_the_step_before(family):
-    _, overlay, _ = make_pair(family)
-    found = []
+@pytest.mark.parametrize("output_rows", ["separate", "shared", "frozen"])
+def test_a_step_starts_without_the_gradients_of_the_step_before(output_rows):
+    overlay, found = make_overlay(output_rows=output_rows), []
+    optimizer = Optimizer(overlay)
     for _ in range(2):
         run_accumulate(overlay, make_batch(overlay))
-        train.Optimizer(overlay).gradients()  # adds the input side to shared rows
-        found.append(torch.cat([overlay.input_grad, overlay.output_grad]))
+        found.append(all_gradients(overlay))
+        optimizer.gradient_norm()
+        optimizer.update(1, learning_rate=0.0)  # uses the gradients up, and moves nothing
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("family", ["qwen2_untied", "gemma2", "phi3"])
 def test_recomputing_layers_gives_the_same_bits(family):
     found = []
-    for num_layers in (0, 1, 2):
-        model, overlay, _ = make_pair(family)
-        calls = []
-        for layer in model.model.layers:
+    for num_layers in (0, 1, 2, 0):  # the last as if nothing had been recomputed before
+        overlay, calls = make_overlay(family), []
+        for layer in overlay.body.layers:
             for part in (layer, layer.self_attn):
                 part.register_forward_hook(lambda module, *_, calls=calls: calls.append(module))
-        train.recompute_layers(model.model, num_layers)
+        recompute_layers(overlay.body, 2)
+        recompute_layers(overlay.body, num_layers)
         run_accumulate(overlay, make_batch(overlay))
-        assert len(calls) == 4 + num_layers  # the parts run twice
-        found.append(torch.cat([overlay.input_grad, overlay.output_grad]))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    train.recompute_layers(model.model, 0)
-    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+        assert len(calls) == 4 + num_layers  # a recomputed layer's attention runs twice
+        found.append(all_gradients(overlay))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
 def test_every_new_row_is_trained():
-    _, overlay, _ = make_pair("qwen2_untied")
-    batch, optimizer = make_batch(overlay), train.Optimizer(overlay)
+    overlay = make_overlay()
     before = overlay.input_rows.clone(), overlay.output_rows.clone()
-    run_accumulate(overlay, batch)
-    assert overlay.touched.tolist() == list(range(NUM_NEW))
-    optimizer.update(optimizer.gradients(), 1, 0.01, 1.0)
+    run_accumulate(overlay, make_batch(overlay))
+    assert overlay.used.tolist() == list(range(NUM_NEW))
+    update(Optimizer(overlay))
     for old, new in zip(before, (overlay.input_rows, overlay.output_rows)):
         assert ((new - old).abs().amax(dim=1) > 1e-4).all()
 
 
 def test_only_the_input_rows_in_use_get_a_gradient():
-    _, overlay, _ = make_pair("qwen2_untied")
+    overlay = make_overlay()
     x = torch.tensor([[1, 259, 270, 259, 2]])
     overlay.begin_step(x)
     overlay.add_input_gradient(x, torch.arange(5.0)[None, :, None].expand(1, 5, 32))
-    assert overlay.touched.tolist() == [2, 13]
+    assert overlay.used.tolist() == [2, 13]
     assert torch.equal(overlay.input_grad, torch.tensor([[1.0 + 3.0], [2.0]]).expand(2, 32))
 
 
@@ -326,12 +319,30 @@ def test_spherical_rows_have_the_radius_of_the_first_runs(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_rows_start_as_the_config_says_and_both_sides_with_one_seed():
+    tables = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    spellings, settings = [[4], [1, 2]], dict.fromkeys(("model_name", "lexicon", "corpus"), "-")
+    for side in tables:
+        config = Config(**settings, run_dir="-", init="subtoken_mean")
+        assert torch.equal(starting_rows(side, spellings, config), subtoken_mean(side, spellings))
+        config = Config(**settings, run_dir="-", init="spherical", init_radius=2.0, seed=7)
+        assert torch.equal(
+            starting_rows(side, spellings, config), spherical_rows(side, 2, radius=2.0, seed=7)
+        )
+
+
+def test_auto_shares_the_rows_if_the_head_is_tied():
+    assert [output_mode("auto", tied) for tied in (True, False)] == ["shared", "separate"]
+    for mode in ("shared", "separate", "frozen"):
+        assert [output_mode(mode, tied) for tied in (True, False)] == [mode, mode]
+
+
 # ---- What the overlay cannot serve ---------------------------------------------------------------
 
 
 def test_more_tokens_than_rows_in_the_table_are_refused():
     model = make_model("qwen2_untied")
-    with pytest.raises(OverlayError) as caught:
+    with pytest.raises(UserError) as caught:
         WakeOverlay(model, TABLE_ROWS + 1, random_rows(model, 2, 0))
     assert str(caught.value) == (
         "Qwen2ForCausalLM has tables of 264 rows, but its tokenizer has 265 tokens; the overlay"
@@ -340,14 +351,14 @@ def test_more_tokens_than_rows_in_the_table_are_refused():
 
 
 class DoublingLinear(nn.Linear):
-    """A head that is a Linear and computes something else."""
+    """This head is a Linear and computes something else."""
 
     def forward(self, hidden_states):
         return 2 * super().forward(hidden_states)
 
 
 class ShiftedEmbedding(nn.Embedding):
-    """An embedding whose vectors are not its rows."""
+    """The vectors of this embedding are not its rows."""
 
     def forward(self, input_ids):
         return 1 + super().forward(input_ids)
@@ -361,16 +372,16 @@ def test_a_layer_that_computes_something_of_its_own_is_refused(part):
         "lm_head": (model.lm_head, DoublingLinear),
     }[part]
     layer.__class__ = kind
-    with pytest.raises(OverlayError, match=f"^Qwen2ForCausalLM has a {kind.__name__} "):
+    with pytest.raises(UserError, match=f"^Qwen2ForCausalLM has a {kind.__name__} "):
         WakeOverlay(model, FIRST_NEW_ID, random_rows(model, 2, 0)).install()
     assert model.config.vocab_size == TABLE_ROWS
 
 
 def test_a_refused_model_is_given_back_untouched():
-    model = make_model("qwen2_untied")
-    overlay = WakeOverlay(model, FIRST_NEW_ID, random_rows(model, NUM_NEW, 1))
+    overlay = make_overlay(output_rows="shared")
+    model = overlay.model
     overlay.softcap = 1.0  # as if the model capped its logits in a way of its own
-    with pytest.raises(OverlayError, match="^Qwen2ForCausalLM computes logits from its hidden"):
+    with pytest.raises(UserError, match="^Qwen2ForCausalLM computes logits from its hidden"):
         overlay.install()
     assert model.config.vocab_size == TABLE_ROWS
     assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
@@ -379,8 +390,8 @@ def test_a_refused_model_is_given_back_untouched():
 def test_an_embedding_with_max_norm_is_refused():
     model = make_model("qwen2_untied")
     model.model.embed_tokens.max_norm = 1.0
-    with pytest.raises(OverlayError) as caught:
-        check_head(model)
+    with pytest.raises(UserError) as caught:
+        check_model(model)
     assert str(caught.value) == (
         "Qwen2ForCausalLM has a Embedding as input embedding; the overlay serves causal language"
         " models with one embedding and one linear head"
@@ -407,7 +418,7 @@ def test_a_4_bit_head_is_read_as_bitsandbytes_reads_it(double_quantization):
     truth = bnb.functional.dequantize_4bit(head.weight.data, head.weight.quant_state)
     assert ours.shape == (96, 64) and torch.equal(ours, truth)
     assert 0.01 < (ours - weight).abs().mean() < 0.2
-    # what the layer itself computes, by its own kernel
+    # The layer itself computes the same, by its own kernel.
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(hidden @ ours.T, head(hidden), rtol=1e-4, atol=1e-4)
 
@@ -416,7 +427,7 @@ def test_an_8_bit_head_is_refused():
     bnb = pytest.importorskip("bitsandbytes")
     head = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
     head.weight.data = head.weight.data.to(torch.int8)
-    with pytest.raises(OverlayError) as caught:
+    with pytest.raises(UserError) as caught:
         dense_weight(head)
     assert str(caught.value) == (
         "Linear8bitLt holds torch.int8 weights; the overlay reads float or NF4 tables: load the"

@@ -1,6 +1,6 @@
-"""Proves that the five files may be pasted into notebook cells: silent, harmless, no name twice.
+"""Proves that the scripts may be pasted into notebook cells: silent, harmless, no name twice.
 
-    python -m pytest tests/test_paste.py        (4 s on 2 CPU cores, 2026-11-22)
+    python -m pytest tests/test_paste.py        (9 s on 2 shared CPU cores, 2026-11-25)
 
 A cell has no __file__, __name__ is "__main__", and sys.argv carries the kernel's own -f option.
 tests/test_notebook.py does the same in a real Jupyter kernel.
@@ -17,15 +17,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ORDER = ("env_shim", "extend_tokenizer", "overlay", "recover", "train")
+ORDER = ("env_shim", "config", "extend_tokenizer", "overlay", "machine", "recover", "train")
 # Names that a reader will call after pasting.
 CALLED = {
-    "env_shim": {"apply", "remove", "doctor", "check_environment"},
-    "extend_tokenizer": {"Config", "ConfigError", "load_config", "config_table", "extend"},
-    "overlay": {"WakeOverlay", "chunked_cross_entropy", "subtoken_mean", "spherical_rows"},
-    "recover": {"SentryWriter", "pick_sentry", "check_sentry", "write_sentry"},
-    "train": {"train", "evaluate", "learning_rate_at", "memory_plan"},
-}
+    "env_shim": {"apply", "doctor", "check_environment"},
+    "config": {"Config", "UserError", "load_config", "config_table"},
+    "extend_tokenizer": {"NewWords", "plan_new_words", "extend"},
+    "overlay": {"WakeOverlay", "chunked_cross_entropy", "forward_backward", "Optimizer"},
+    "machine": {"Worker", "find_worker", "fit_to_machine", "memory_plan"},
+    "recover": {
+        "SentryWriter", "pick_sentry", "check_sentry", "write_sentry", "export", "generate",
+    },
+    "train": {"train", "held_out_loss", "learning_rate_at"},
+}  # fmt: skip
 # argv: source files to paste. What they import is imported before the watch begins, for a library's
 # files are not ours to count. From then on a file opened, a folder changed, a process, a socket or
 # a signal handler is named.
@@ -76,15 +80,15 @@ def assert_silent(result: subprocess.CompletedProcess, wanted: set[str]) -> None
     assert wanted <= set(result.stdout.split())
 
 
-@pytest.mark.parametrize("name", ORDER[:4])
-def test_a_file_pasted_alone_is_silent_and_touches_nothing(tmp_path, name):
-    assert_silent(paste([name], tmp_path), CALLED[name])
-    assert not list(tmp_path.iterdir())
-
-
-def test_all_five_in_the_readmes_order_make_one_namespace(tmp_path):
-    """From an empty folder: train.py finds the four others' names where they were pasted."""
-    assert_silent(paste(list(ORDER), tmp_path), set().union(*CALLED.values()))
+@pytest.mark.parametrize(
+    "names",
+    [["env_shim"], ["config"], ["config", "extend_tokenizer"], ["config", "overlay"], list(ORDER)],
+    ids=" ".join,
+)
+def test_pasting_is_silent_touches_nothing_and_makes_one_namespace(tmp_path, names):
+    """The folder is empty, so a script finds the names of others only where they were pasted.
+    Tokenizers and the overlay need no more of ours than config.py."""
+    assert_silent(paste(names, tmp_path), set().union(*(CALLED[name] for name in names)))
     assert not list(tmp_path.iterdir())
 
 
@@ -94,7 +98,7 @@ def test_the_readme_gives_this_order():
 
 
 def top_level_names(name: str) -> set[str]:
-    """What a script defines at its top level; what it imports is not its own."""
+    """Name what a script defines at its top level; what it imports is not its own."""
     names = set()
     for node in ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -5,22 +5,22 @@ python -m pytest tests/test_records.py
 
 import dataclasses
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import FIRST_NEW_ID, make_tokenizer
+from tiny_models import CPU, FIRST_NEW_ID, make_tokenizer
 from tokenizers import AddedToken
 
 import train
-from extend_tokenizer import Config
-
+from config import Config
 
 CONFIG = Config(model_name="-", lexicon="-", corpus="-", run_dir="-")
 
 
 def continue_with(prompt: str, *pieces: str | int) -> str:
-    """What `sample` shows where the model continues the prompt by these texts and new ids."""
+    """Give what `sample` shows if the model continues the prompt by these texts and new ids."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken(" glim", normalized=False)])
     assert tokenizer.token_to_id(" glim") == FIRST_NEW_ID
@@ -40,7 +40,7 @@ def test_new_words_are_marked_with_their_blank_outside():
 
 
 def test_letters_of_several_bytes_come_out_whole():
-    """Half a letter decodes to a replacement sign, which the next byte takes back."""
+    """Half a letter decodes to a replacement sign, and the next byte takes that back."""
     assert continue_with("naïve", " café", FIRST_NEW_ID, "é") == "naïve café **glim**é"
 
 
@@ -69,21 +69,20 @@ def test_the_loss_table():
     ]
 
 
-@pytest.mark.parametrize(
-    "rank, terminal, wanted",
-    [
-        (0, False, "a step  0:00:59 left\na word\n"),
-        (0, True, "\r\x1b[Ka step  0:00:59 left\r\x1b[Ka word\n"),
-        (1, False, ""),
-        (1, True, ""),  # under torchrun all processes write to one terminal
-    ],
-)
-def test_progress_is_one_line_of_the_first_process(rank, terminal, wanted, capsys, monkeypatch):
-    """Redrawn in place on a terminal, and gone before other words; a line of its own elsewhere."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    config = dataclasses.replace(CONFIG, max_steps=60, log_every=1)
-    progress = train.Progress(train.Place(rank, 2, torch.device("cpu"), None, ""), config, 0)
-    progress.seconds.append(1.0)
-    progress.step(1, "a step", 1.0)
+@pytest.mark.parametrize("rank, terminal", [(0, False), (0, True), (1, False), (1, True)])
+def test_progress_is_lines_of_the_first_process_and_a_bar_on_its_terminal(
+    rank, terminal, capsys, monkeypatch
+):
+    """Under torchrun all processes write to one terminal, so the others say nothing."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    config = dataclasses.replace(CONFIG, max_steps=4, log_every=2)
+    progress = train.Progress(dataclasses.replace(CPU, rank=rank), config, first_step=0)
+    progress.began = time.monotonic() - 3600.0  # as if the two steps had taken an hour
+    progress.step(1, "step one")
+    progress.step(2, "step two")
     progress.say("a word")
-    assert capsys.readouterr().out == wanted
+    progress.close()
+    found = capsys.readouterr()
+    assert found.out == ("" if rank else "step two  1:00:00 left\na word\n")
+    assert ("2/4" in found.err) == (terminal and not rank)
+    assert terminal or not found.err

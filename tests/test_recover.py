@@ -2,7 +2,8 @@
 
     python -m pytest tests/test_recover.py
 
-Sentries here are a few hundred bytes, made by hand; tests/torture.py kills real runs.
+Sentries here are a few hundred bytes, made by hand; tests/torture/torture.py kills real runs. Disks
+fill up, fail and hang at recover.py's fault points, where that can be said without its internals.
 """
 
 import errno
@@ -10,23 +11,23 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy
 import pytest
+import torch
 import yaml
-from safetensors.numpy import load_file
+from safetensors.torch import load_file, save_file
 
 import recover
+from config import UserError, run_command
 from recover import (
-    SentryError, SentryWriter, check_sentry, copy_sentry, main, pick_sentry, prune, sentry_folders,
-    set_aside, write_sentry, write_tensors,
+    SentryWriter, check_sentry, copy_sentry, main, pick_sentry, prune, sentry_folders, set_aside,
+    write_sentry,
 )  # fmt: skip
 
 IDENTITY = {"model_name": "base", "model_revision": None, "words_sha256": "w", "corpus_sha256": "c"}
@@ -35,7 +36,7 @@ TEXTS = {"words.txt": "quark\n", "metrics.jsonl": "", "samples.md": ""}
 
 def save(folder: Path, step: int, **changes) -> Path:
     """A whole sentry of `step`, each number of it being the step."""
-    tensors = {"input_rows": numpy.full((3, 4), step, "f4"), "ids": numpy.arange(3)}
+    tensors = {"input_rows": torch.full((3, 4), float(step)), "ids": torch.arange(3)}
     state = {"step": step, **IDENTITY, "num_new_tokens": 3, "config": {"max_steps": 3000}} | changes
     return write_sentry(folder, tensors, TEXTS, state)
 
@@ -45,40 +46,58 @@ def steps(folder: Path) -> list[int]:
 
 
 def reason(path: Path, expected: dict = IDENTITY) -> str:
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         check_sentry(path, expected)
     assert len(caught.value.problems) == 1 and str(caught.value).startswith(f"{path}: ")
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-def forge(path: Path, **tensors) -> None:
-    """Put other tensors in, with sizes and hashes that agree."""
-    write_tensors(path / "rows.safetensors", tensors)
-    data = (path / "rows.safetensors").read_bytes()
+def forge(path: Path, data: bytes) -> None:
+    """Put other bytes into rows.safetensors, with a size and a hash that agree."""
+    (path / "rows.safetensors").write_bytes(data)
     state = json.loads((path / "state.json").read_text())
-    state["files"]["rows.safetensors"] = {
-        "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    state["files"]["rows.safetensors"] = record
     (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.fixture
+def at_fault_point(monkeypatch):
+    """at_fault_point("copied", act): call act(step) whenever a save is at that point."""
+    actions = {}
+
+    def reached(name: str, step: int) -> None:
+        if name in actions:
+            actions[name](step)
+
+    monkeypatch.setattr(recover, "fault_point", reached)
+    return actions.__setitem__
+
+
+def full(*_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- One sentry ----------------------------------------------------------------------------------
 
 
-def test_write_tensors_is_what_the_library_reads(tmp_path: Path) -> None:
-    rng = numpy.random.default_rng(0)
+def test_a_sentrys_tensors_are_what_was_given_and_its_files_can_be_read_by_all(tmp_path) -> None:
+    """safetensors 0.8.0 leaves rows.safetensors with mode 600 otherwise."""
     tensors = {
-        "rows": rng.normal(size=(5, 3)).astype("f4"), "half": rng.normal(size=7).astype("f2"),
-        "ids": rng.integers(-9, 9, (2, 2)), "state": numpy.arange(11, dtype="u1"),
-        "é": numpy.zeros((0, 4), "f4"),
-        "turned": rng.normal(size=(4, 6)).astype("f4").T,
+        "rows": torch.randn(5, 3), "half": torch.randn(7).half(), "ids": torch.randint(9, (2, 2)),
+        "bytes": torch.arange(11, dtype=torch.uint8), "é": torch.zeros(0, 4),
+        "number": torch.tensor(2.5),
     }  # fmt: skip
-    write_tensors(tmp_path / "x.safetensors", tensors)
-    read = recover.read_tensors(tmp_path / "x.safetensors")
+    state = {"step": 20}
+    path = write_sentry(tmp_path, tensors, TEXTS, state)
+    assert state == {"step": 20}
+    check_sentry(path, state)
+    read = load_file(path / "rows.safetensors")
     assert read.keys() == tensors.keys()
-    for name, array in tensors.items():
-        assert read[name].dtype == array.dtype and numpy.array_equal(read[name], array)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    modes = {file.stat().st_mode for file in path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o444
 
 
 def test_a_whole_sentry_passes_and_says_what_was_saved(tmp_path: Path) -> None:
@@ -114,28 +133,33 @@ def test_marker_missing_or_damaged(text: str, tmp_path: Path) -> None:
     assert reason(path) == "no state.json; the save was cut off before its end"
 
 
-@pytest.mark.parametrize("value", [numpy.nan, numpy.inf, -numpy.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_not_finite_with_a_right_hash(value: float, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(recover, "ROWS_AT_ONCE", 2)
-    path, rows = save(tmp_path, 20), numpy.zeros((3, 4), "f4")
-    forge(path, input_rows=rows, ids=numpy.arange(3))
+    monkeypatch.setattr(recover, "VALUES_AT_ONCE", 8)
+    path, file = save(tmp_path, 20), tmp_path / "rows.safetensors"
+    tensors = {"ids": torch.arange(3), "input_rows": torch.zeros(3, 4)}
+    save_file(tensors, file)
+    forge(path, file.read_bytes())
     check_sentry(path, IDENTITY)
-    rows[2, 3] = value
-    forge(path, ids=numpy.arange(3), input_rows=rows)
+    tensors["input_rows"][2, 3] = value
+    save_file(tensors, file)
+    forge(path, file.read_bytes())
     assert reason(path) == "input_rows holds NaN or infinity"
 
 
 def test_no_safetensors_with_a_right_hash(tmp_path: Path) -> None:
     path = save(tmp_path, 20)
-    forge(path)
-    state = json.loads((path / "state.json").read_text())
     for data in (b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]"):
-        (path / "rows.safetensors").write_bytes(data)
-        record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        state["files"]["rows.safetensors"] = record
-        (path / "state.json").write_text(json.dumps(state))
-        with pytest.raises(SentryError, match="rows.safetensors: not a safetensors file"):
+        forge(path, data)
+        with pytest.raises(UserError, match="rows.safetensors: not a safetensors file"):
             check_sentry(path, IDENTITY)
+
+
+def test_saves_of_the_format_with_random_state_are_read(tmp_path: Path) -> None:
+    random_state = {"python": [3, [1, 2], None], "torch": "AAAA"}
+    path = save(tmp_path, 20, random_state=random_state)
+    assert check_sentry(path, IDENTITY).state["random_state"] == random_state
+    assert check_sentry(copy_sentry(path, tmp_path / "b"), IDENTITY).step == 20
 
 
 def test_other_run_and_wrong_step(tmp_path: Path) -> None:
@@ -196,11 +220,11 @@ def test_damaged_ones_are_passed_over_and_named(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in skipped] == [
         str(tmp_path / "step_000060"), str(tmp_path / "step_000040"),
     ]  # fmt: skip
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         pick_sentry([tmp_path], IDENTITY | {"model_name": "x"})
     assert len(caught.value.problems) == 4
     assert caught.value.problems[-1].startswith("nothing here can be continued: put")
-    with pytest.raises(SentryError, match="no whole sentry of step 40 in "):
+    with pytest.raises(UserError, match="no whole sentry of step 40 in "):
         pick_sentry([tmp_path], IDENTITY, step=40)
     assert pick_sentry([tmp_path], IDENTITY, step=20)[0].step == 20
     assert pick_sentry([tmp_path / "none"], IDENTITY) == (None, [])
@@ -215,12 +239,12 @@ def test_folders_that_do_not_answer_are_one_line(tmp_path: Path, monkeypatch) ->
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
     monkeypatch.setattr(Path, "rename", gone)
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         set_aside([tmp_path], check_sentry(tmp_path / "step_000020", IDENTITY))
     why = "Transport endpoint is not connected"
     assert str(caught.value) == f"{tmp_path / 'step_000040'}: cannot be put aside: {why}"
     monkeypatch.setattr(Path, "iterdir", gone)
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         pick_sentry([tmp_path], IDENTITY)
     assert str(caught.value) == f"{tmp_path}: cannot be read: {why}"
 
@@ -238,10 +262,11 @@ def test_prune_keeps_the_newest_and_removes_leavings(tmp_path: Path) -> None:
     for step in (200, 1000, 40, 999_999, 1_000_000):
         save(tmp_path, step)
     (tmp_path / "step_000999").mkdir()  # no marker
-    (tmp_path / ".step_000040.part").mkdir()
+    for leaving in (".step_000040.part", ".step_000060.old"):
+        (tmp_path / leaving).mkdir()
     (tmp_path / "step_000040.aside-1").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    prune(tmp_path, 2, (tmp_path / "step_000200", None))
+    prune(tmp_path, 2, spare=tmp_path / "step_000200")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "step_1000000",
@@ -255,20 +280,29 @@ def test_prune_keeps_the_newest_and_removes_leavings(tmp_path: Path) -> None:
 # ---- Writing and copying -------------------------------------------------------------------------
 
 
+def kill_at(point: str, act, *arguments) -> None:
+    """Call act(*arguments) in a fork that dies by SIGKILL at that fault point."""
+    if (pid := os.fork()) == 0:
+        os.environ["WAKE2VEC_FAULT"] = point
+        try:
+            act(*arguments)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     "point", ["rows_written", "before_rename", "before_marker", "after_marker"]
 )
-@pytest.mark.parametrize("leaving", [False, True])
-def test_killed_inside_a_save(point: str, leaving: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("leaving", [None, "empty", "damaged"])
+def test_killed_inside_a_save(point: str, leaving: str | None, tmp_path: Path) -> None:
     """SIGKILL at each fault point: the save before is whole, this one is whole or no sentry."""
     save(tmp_path, 20)
-    if leaving:
+    if leaving == "empty":
         (tmp_path / "step_000040").mkdir()
-    code = f"import test_recover as t; t.save(t.Path({str(tmp_path)!r}), 40)"
-    folders = [str(Path(__file__).parent), str(Path(recover.__file__).parent)]
-    child = os.environ | {"WAKE2VEC_FAULT": f"{point}@40", "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, "-c", code], env=child, stderr=subprocess.PIPE)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    elif leaving == "damaged":
+        (save(tmp_path, 40) / "words.txt").write_text("other")
+    kill_at(f"{point}@40", save, tmp_path, 40)
     sentry, _ = pick_sentry([tmp_path], IDENTITY)
     assert sentry.step == (40 if point == "after_marker" else 20)
     save(tmp_path, 40)
@@ -277,26 +311,72 @@ def test_killed_inside_a_save(point: str, leaving: bool, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["step_000040"]
 
 
-@pytest.mark.parametrize("failing", ["write_tensors", "file_record", "write_json", "sync"])
-def test_full_local_disk(failing: str, tmp_path: Path, monkeypatch) -> None:
-    """One clear error, the last sentry intact, and the space of the attempt given back."""
+@pytest.mark.parametrize(
+    "point", ["copied", "verified", "before_rename", "before_marker", "after_marker"]
+)
+def test_killed_inside_a_copy(point: str, tmp_path: Path) -> None:
+    """The same for the durable folder, and the copy after that is made."""
+    durable, source = tmp_path / "drive", save(tmp_path, 40)
+    save(durable, 20)
+    kill_at(f"{point}@40", copy_sentry, source, durable)
+    assert pick_sentry([durable], IDENTITY)[0].step == (40 if point == "after_marker" else 20)
+    copy_sentry(source, durable)
+    prune(durable, 1)
+    assert [path.name for path in durable.iterdir()] == ["step_000040"]
+    check_sentry(durable / "step_000040", IDENTITY)
+
+
+def test_killed_while_an_old_save_is_deleted(tmp_path: Path) -> None:
+    for step in (20, 40):
+        save(tmp_path, step)
+    kill_at("pruning@20", prune, tmp_path, 1)
+    assert steps(tmp_path) == [40]  # half a save is no sentry
+    prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000040"]
+
+
+def test_everything_is_on_the_disk_before_the_marker_says_so(tmp_path: Path, monkeypatch) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 20)
+    part, target = ".step_000020.part", "step_000020"
+    files = {f"{part}/{name}" for name in (*TEXTS, "rows.safetensors")}
+    assert files < set(synced[:5]) and synced[4:] == [
+        part, ".", f"{target}/.state.json.part", target,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["rows_written", "before_rename", "before_marker", "real"])
+def test_full_local_disk(point: str, tmp_path: Path, at_fault_point) -> None:
+    """One clear error, the last sentry intact, and the space of the attempt given back.
+
+    A limit on the size of files stands for a disk that really is full while rows are written.
+    """
     writer = SentryWriter(tmp_path / "snapshots", tmp_path / "sentries", 3)
     save(tmp_path / "snapshots", 20)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(recover, failing, full)
-    state = {"step": 40, **IDENTITY}
-    writer.save({"input_rows": numpy.zeros((2, 2), "f4")}, TEXTS, state, durable=True)
-    with pytest.raises(SentryError) as caught:
-        writer.finish_local()
+    why = "[Errno 28] No space left on device"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if point == "real":
+        why = "Error while serializing: I/O error: File too large (os error 27)"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    else:
+        at_fault_point(point, full)
+    try:
+        writer.save({"input_rows": torch.zeros(2**17)}, TEXTS, {"step": 40, **IDENTITY})
+        with pytest.raises(UserError) as caught:
+            writer.finish_local()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == (
-        f"{tmp_path / 'snapshots'}: step 40 could not be saved: [Errno 28] No space left on device;"
-        " the sentry before it is intact: make room, then run the same command again"
+        f"{tmp_path / 'snapshots'}: step 40 could not be saved: {why}; the sentry before it is"
+        " intact: make room, then run the same command again"
     )
     writer.check()  # said once
-    monkeypatch.undo()
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step_000020"]
     check_sentry(tmp_path / "snapshots" / "step_000020", IDENTITY)
 
@@ -304,14 +384,7 @@ def test_full_local_disk(failing: str, tmp_path: Path, monkeypatch) -> None:
 def test_no_room_for_the_marker(tmp_path: Path, monkeypatch) -> None:
     """The disk is full after the rename: the folder without a marker goes too."""
     save(tmp_path, 20)
-    real = recover.sync
-
-    def full(path: Path) -> None:
-        if path.name.startswith("state.json"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(path)
-
-    monkeypatch.setattr(recover, "sync", full)
+    monkeypatch.setattr(recover, "write_json", full)
     with pytest.raises(OSError):
         save(tmp_path, 40)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000020"]
@@ -319,9 +392,9 @@ def test_no_room_for_the_marker(tmp_path: Path, monkeypatch) -> None:
 
 def test_other_errors_of_the_writing_thread_reach_training(tmp_path: Path) -> None:
     writer = SentryWriter(tmp_path / "a", tmp_path / "b", 3)
-    writer.save({"rows": numpy.zeros(2, "f8")}, TEXTS, {"step": 20}, durable=True)
+    writer.save({"rows": [1.0]}, TEXTS, {"step": 20})
     writer.writing.exception(timeout=10)  # waits
-    with pytest.raises(KeyError, match="float64"):
+    with pytest.raises(ValueError, match="Key `rows` is invalid"):
         writer.check()
 
 
@@ -337,18 +410,27 @@ def test_file_systems_that_cannot_sync_a_folder(tmp_path: Path, monkeypatch) -> 
     check_sentry(save(tmp_path, 20), IDENTITY)
 
 
-def test_copy_is_byte_for_byte_and_read_back(tmp_path: Path, monkeypatch) -> None:
+def test_copy_is_byte_for_byte_and_read_back(tmp_path: Path, at_fault_point) -> None:
     source = save(tmp_path / "a", 20)
     target = copy_sentry(source, tmp_path / "b")
     assert {p.name: p.read_bytes() for p in source.iterdir()} == {
         p.name: p.read_bytes() for p in target.iterdir()
     }
-    real = recover.file_record
-    spoil = lambda path: real(path) | ({"size": 0} if path.name == "words.txt" else {})  # noqa: E731
-    monkeypatch.setattr(recover, "file_record", spoil)
-    with pytest.raises(SentryError, match=r"words.txt: read back other bytes than were written"):
+    written = tmp_path / "c" / ".step_000020.part" / "words.txt"
+    at_fault_point("copied", lambda _: written.exists() and written.write_text("Quark\n"))
+    with pytest.raises(UserError, match=r"words.txt: read back other bytes than were written"):
         copy_sentry(source, tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_whole_copy_stays_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
+    source = save(tmp_path / "a", 20)
+    target = copy_sentry(source, tmp_path / "b")
+    before = target.stat().st_ino
+    assert copy_sentry(source, tmp_path / "b").stat().st_ino == before
+    (target / "words.txt").write_text("Quark\n")
+    assert copy_sentry(source, tmp_path / "b") == target
+    check_sentry(target, IDENTITY)
 
 
 class Saves:
@@ -359,9 +441,9 @@ class Saves:
         self.local, self.durable = folder / "snapshots", folder / "drive" / "sentries"
         self.writer = SentryWriter(self.local, self.durable, keep, self.said.append)
 
-    def save(self, step: int, durable: bool = True) -> None:
-        state = {"step": step, **IDENTITY}
-        self.writer.save({"input_rows": numpy.full((2, 2), step, "f4")}, TEXTS, state, durable)
+    def save(self, step: int) -> None:
+        tensors = {"input_rows": torch.full((2, 2), float(step))}
+        self.writer.save(tensors, TEXTS, {"step": step, **IDENTITY})
 
     def settle(self) -> None:
         self.writer.finish_local()
@@ -381,21 +463,39 @@ def test_two_saves_in_a_row_are_both_whole(tmp_path: Path) -> None:
     assert saves.said == []
 
 
-def test_snapshots_alone_are_not_copied(tmp_path: Path) -> None:
+def test_a_local_folder_that_is_the_durable_one_is_not_copied(tmp_path: Path, monkeypatch) -> None:
+    """Pruning it as the durable folder would delete the save that is being written."""
+    said, state = [], {"step": 20, **IDENTITY}
+    monkeypatch.setattr(recover, "copy_sentry", lambda *_: said.append("copied"))
+    writer = SentryWriter(tmp_path, tmp_path, 3, said.append)
+    writer.save({"input_rows": torch.zeros(2)}, TEXTS, state)
+    writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000020"] and said == []
+
+
+@pytest.mark.parametrize("there", ["nothing", "whole", "damaged"])
+def test_a_start_copies_the_save_that_was_left_alone(there: str, tmp_path: Path) -> None:
+    """A run that continues and has nothing more to save brings its last save to the Drive."""
+    for step in (20, 40):
+        save(tmp_path / "snapshots", step)
+    if there != "nothing":
+        target = copy_sentry(tmp_path / "snapshots" / "step_000040", tmp_path / "drive/sentries")
+    if there == "damaged":
+        (target / "words.txt").unlink()
     saves = Saves(tmp_path)
-    saves.save(20, durable=False)
     saves.writer.finish()
-    assert steps(saves.local) == [20] and not saves.durable.exists() and saves.said == []
+    assert steps(saves.durable) == [40] and saves.said == []
+    check_sentry(saves.durable / "step_000040", IDENTITY)
 
 
 @pytest.mark.parametrize("kind", ["file in its place", "read-only"])
-def test_durable_folder_fails_and_comes_back(kind: str, tmp_path: Path, monkeypatch) -> None:
-    def refuse(*_):
+def test_durable_folder_fails_and_comes_back(kind: str, tmp_path: Path, at_fault_point) -> None:
+    def refuse(_step: int) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     saves = Saves(tmp_path)
     if kind == "read-only":  # by hand: root, who runs this in a container, may write everywhere
-        monkeypatch.setattr(recover, "copy_bytes", refuse)
+        at_fault_point("copied", refuse)
     else:
         saves.durable.parent.write_text("x")
     for step in (20, 40, 60):
@@ -409,7 +509,7 @@ def test_durable_folder_fails_and_comes_back(kind: str, tmp_path: Path, monkeypa
     )
     assert saves.said[0].startswith(start) and saves.said[0].endswith(end)
     if kind == "read-only":
-        monkeypatch.undo()
+        at_fault_point("copied", lambda _: None)
     else:
         saves.durable.parent.unlink()
     saves.save(80)
@@ -418,47 +518,39 @@ def test_durable_folder_fails_and_comes_back(kind: str, tmp_path: Path, monkeypa
     check_sentry(saves.durable / "step_000080", IDENTITY)
 
 
-def test_durable_folder_is_full(tmp_path: Path, monkeypatch) -> None:
+def test_durable_folder_is_full(tmp_path: Path, at_fault_point) -> None:
     """What it holds stays; the half copy goes; the steps at risk are named."""
-    saves, real = Saves(tmp_path, keep=1), recover.copy_bytes
+    saves = Saves(tmp_path, keep=1)
     saves.save(20)
     saves.settle()
-
-    def full(reader, writer, count: int) -> None:
-        writer.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(recover, "copy_bytes", full)
+    at_fault_point("copied", full)
     saves.save(40)
     saves.settle()
     assert [path.name for path in saves.durable.iterdir()] == ["step_000020"]
     assert "steps after 20 up to 40 are on the local disk only" in saves.said[0]
     saves.writer.finish()
     assert saves.said[1].startswith(f"warning: {saves.durable} holds step 20; step 40 is in ")
-    monkeypatch.setattr(recover, "copy_bytes", real)
+    at_fault_point("copied", lambda _: None)
     saves.save(60)
     saves.writer.finish()
     assert steps(saves.durable) == [60] and "answers again" in saves.said[2]
 
 
-def test_durable_folder_hangs(tmp_path: Path, monkeypatch) -> None:
+def test_durable_folder_hangs(tmp_path: Path, monkeypatch, at_fault_point) -> None:
     """Training waits for nothing, hears of it once, and the newest save is copied afterwards; what
     hangs in the copy is not pruned away under it, even with keep 1, only afterwards."""
-    saves, real, gate = Saves(tmp_path, keep=1), recover.copy_bytes, threading.Event()
-
-    def blocking(reader, writer, count: int) -> None:
-        gate.wait(20)
-        real(reader, writer, count)
-
-    monkeypatch.setattr(recover, "copy_bytes", blocking)
-    monkeypatch.setattr(recover, "PATIENCE_SECONDS", 0.1)
+    saves, gate = Saves(tmp_path, keep=1), threading.Event()
+    at_fault_point("copied", lambda _: gate.wait(20))
+    monkeypatch.setattr(recover, "SLOW_COPY_NOTICE_SECONDS", 0.1)
     began = time.monotonic()
     for step in (20, 40, 60, 80):
         saves.save(step)
         saves.writer.finish_local()
         time.sleep(0.15)
-    saves.writer.finish(timeout_seconds=0.1)
     assert time.monotonic() - began < 10
+    began = time.monotonic()
+    saves.writer.finish(timeout_seconds=0.1)
+    assert time.monotonic() - began < 4
     assert len(saves.said) == 2
     assert re.search(r"has not taken a copy for \d+ s; all steps up to", saves.said[0])
     assert saves.said[1].startswith(f"warning: {saves.durable} holds nothing; step 80 is in ")
@@ -474,17 +566,13 @@ def test_durable_folder_hangs(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_the_last_verified_copy_stays_until_the_next_is_verified(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, at_fault_point
 ) -> None:
     saves, seen = Saves(tmp_path, keep=1), []
     saves.save(20)
     saves.settle()
-
-    def watch(name: str, _step: int) -> None:
-        if name == "verified":  # the copy is; nothing of it is in place yet
-            seen.append(steps(saves.durable))
-
-    monkeypatch.setattr(recover, "fault_point", watch)
+    # Then the copy is verified, and nothing of it is in place yet.
+    at_fault_point("verified", lambda _: seen.append(steps(saves.durable)))
     saves.save(40)
     saves.writer.finish()
     assert seen == [[20]] and steps(saves.durable) == [40]
@@ -523,7 +611,7 @@ def test_listing(tmp_path: Path, capsys) -> None:
     )
     settings["model_name"] = "another"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(SentryError) as caught:
+    with pytest.raises(UserError) as caught:
         main(str(tmp_path))
     assert str(caught.value) == f"{tmp_path}: nothing here can be continued"
     assert "other model_name ('base' instead of 'another')" in capsys.readouterr().out
@@ -540,22 +628,19 @@ def test_listing_of_the_durable_folder_and_of_another_sentry_dir(tmp_path: Path,
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "config damaged"])
-def test_nothing_to_list_is_one_line_and_status_1(state: str, tmp_path: Path) -> None:
+def test_nothing_to_list_is_one_line_and_status_1(state: str, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     if state != "missing":
         run.mkdir()
     if state == "config damaged":
         (run / "config.yaml").write_text("a: [")
-    done = subprocess.run(
-        [sys.executable, recover.__file__, str(run)], capture_output=True, text=True
-    )
     settings = run / "config.yaml"
     wanted = {
         "missing": f"{run}: no such folder; give the run_dir or the sentry_dir of a run\n",
         "empty": f"{run}: nothing here can be continued\n",
         "config damaged": f"{settings}: not readable; delete it, train.py writes it again\n",
     }
-    assert (done.returncode, done.stderr) == (1, wanted[state])
+    assert run_command(main, str(run)) == 1 and capsys.readouterr().err == wanted[state]
 
 
 def test_a_copied_run_folder_lists_its_own_saves(tmp_path: Path, capsys) -> None:

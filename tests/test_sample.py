@@ -24,18 +24,18 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 @cache
 def read_lexicon() -> list[str]:
-    """The lines of the lexicon, as they are."""
+    """Read the lines of the lexicon, as they are."""
     return (SAMPLE / "lexicon.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
 
 @cache
 def read_corpus() -> str:
-    """The corpus, as it is."""
+    """Read the corpus, as it is."""
     return (SAMPLE / "corpus.txt").read_text(encoding="utf-8")
 
 
 def find_words() -> list[tuple[str, int]]:
-    """Each lexicon word of the corpus with its place; a possessive 's counts as the word."""
+    """List each lexicon word in the corpus and its position, a possessive 's left out."""
     lexicon = set(read_lexicon())
     found = [(m.group().removesuffix("'s"), m.start()) for m in WORD.finditer(read_corpus())]
     return [(word, start) for word, start in found if word in lexicon]

@@ -1,32 +1,37 @@
 """Proves how train.py behaves on a command line: errors, --help, --dry-run, kills and continuing.
 
-    python -m pytest tests/test_train_cli.py        (34 s on 2 CPU cores, 2026-11-22)
+    python -m pytest tests/test_train_cli.py        (31 s on 2 shared CPU cores, 2026-11-25)
 
-What a user can cause ends with status 1 and the exact lines given here, before torch is imported
-where files and settings show it, and else before the model is loaded: the model folder of those
-tests has no weights. Runs that are killed start as forks of a process that has torch imported.
+What a user can cause ends with status 1 and the exact lines given here: what the settings show
+before torch is imported, and what the files show before the model is loaded, for the model folder
+of those tests has no weights. Kills are of real processes here. That a continued run is the same
+bit for bit, in NF4 and with each kind of output rows too, is proved in test_survival.py. Runs are
+forks here; test_notebook.py runs `python train.py` itself.
 """
 
 import fcntl
-import importlib.metadata
 import json
-import multiprocessing
 import os
+import pty
 import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from pathlib import Path
 
+import forked
 import pytest
-from waiting import wait_for, wait_for_step
+import yaml
+from tiny_models import tiny_settings, wait_for, wait_for_step
 
-from extend_tokenizer import config_table
+from config import config_table
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "configs" / "sample"
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "matplotlib")
 # Found on PYTHONPATH before any other: the interpreter imports it first.
 NO_HEAVY_IMPORTS = f"""
@@ -37,35 +42,25 @@ class Refuse:
             raise RuntimeError(f"{{name}} was imported")
 sys.meta_path.insert(0, Refuse())
 """
-TINY = (
-    "seq_len=32", "effective_batch_size=4", "val_fraction=0.02", "max_steps=6", "save_every=2",
-    "snapshot_every=2", "log_every=1", "eval_every=6", "prompts=[]",
-)  # fmt: skip
+END = b"\x04"
+FOREVER = ("max_steps=5000", "save_every=5000", "eval_every=5000")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def project_folder():
-    """Commands run in the project's folder, as the README's do, and on one thread: where two cores
-    are shared, threads that wait for each other make these runs ten times as long."""
+    """Commands run in the project's folder, as the README's do, and on one thread: if threads wait
+    for each other on shared cores, these runs take ten times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
-@pytest.fixture
-def model_without_weights(tmp_path) -> Path:
-    """The sample's model folder less its weights: loading it would fail with another message."""
-    folder = tmp_path / "model"
-    shutil.copytree(SAMPLE / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
 # ---- Before torch --------------------------------------------------------------------------------
 
 
 def light(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """`python train.py ARGUMENTS` where importing torch, transformers and their like raises."""
+    """Run `python train.py ARGUMENTS` where importing torch, transformers and their like raises."""
     (tmp_path / "sitecustomize.py").write_text(NO_HEAVY_IMPORTS, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
     command = [sys.executable, "train.py", *arguments]
@@ -101,45 +96,6 @@ def test_a_config_that_is_not_there(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
 
 
-@pytest.mark.parametrize("key", ["lexicon", "corpus"])
-def test_a_missing_file(tmp_path, key):
-    line = f"{tmp_path / 'none.txt'}: cannot be read: No such file or directory"
-    assert_refused(tmp_path, [f"{key}={tmp_path / 'none.txt'}"], [line])
-
-
-@pytest.mark.parametrize("option", [[], ["--dry-run"]])
-def test_all_missing_files_are_named_at_once(tmp_path, option):
-    none = [tmp_path / "none.txt", tmp_path / "no.txt"]
-    lines = [f"{path}: cannot be read: No such file or directory" for path in none]
-    assert_refused(tmp_path, [f"corpus={none[0]}", f"lexicon={none[1]}", *option], lines)
-
-
-def test_an_empty_lexicon(tmp_path):
-    path = tmp_path / "lexicon.txt"
-    path.write_text("\n\n", encoding="utf-8")
-    line = f"{path}: no usable word (empty file); give one word a line"
-    assert_refused(tmp_path, [f"lexicon={path}"], [line])
-
-
-def test_an_empty_corpus(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_text(" \n", encoding="utf-8")
-    assert_refused(tmp_path, [f"corpus={path}"], [f"{path}: the corpus file is empty; give a text"])
-
-
-def test_a_model_folder_that_is_not_there(tmp_path):
-    folder = str(tmp_path / "nomodel")
-    assert_refused(tmp_path, [f"model_name={folder}"], [f"model_name {folder!r}: no such folder"])
-
-
-def test_a_model_folder_without_a_tokenizer(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shutil.copy(SAMPLE / "model" / "config.json", folder)
-    line = f"model_name {str(folder)!r}: {folder} holds no tokenizer"
-    assert_refused(tmp_path, [f"model_name={folder}"], [line])
-
-
 def test_help_shows_an_example_first_and_every_key(tmp_path):
     result = light(tmp_path, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -164,103 +120,98 @@ def test_bad_usage_has_status_2(tmp_path, arguments):
     assert result.stderr.startswith("usage: train.py CONFIG [key=value ...] [options]\n")
 
 
-def test_dry_run_plans_without_heavy_imports_and_writes_nothing(tmp_path):
-    run_dir = tmp_path / "run"
-    result = light(tmp_path, "configs/sample.yaml", "--dry-run", f"run_dir={run_dir}")
-    assert (result.returncode, result.stderr) == (0, "")
-    plan = dict(re.findall(r"^([a-z ]+?) +([\d.]+) GiB", result.stdout, re.MULTILINE))
-    beside = ("total", "margin", "host memory")
-    parts = [float(value) for name, value in plan.items() if name not in beside]
-    assert len(parts) >= 5 and sum(parts) == pytest.approx(float(plan["total"]), abs=0.04)
-    # input and output rows and their row statistics: 2 x 341 x (128 + 1) fp32
-    assert "bytes per sentry 351,912\n" in result.stdout
-    assert re.search(r"^T4 +fits, micro_batch_size 16$", result.stdout, re.MULTILINE)
-    kept = r"^about 4 of 4 layers can keep their activations: peak ([\d.]+) GiB$"
-    peak = float(re.search(kept, result.stdout, re.MULTILINE)[1])
-    assert float(plan["total"]) - 0.05 <= peak <= float(plan["total"]) + 0.2
-    assert not run_dir.exists()
-
-
 # ---- With torch, before the model ----------------------------------------------------------------
 
 
-def train_command(log: str, arguments: list[str], environment: dict[str, str]) -> None:
-    """In a forked process: what `python train.py ARGUMENTS` does once torch is imported."""
-    os.environ.update(environment)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+def train_command(*arguments: str) -> None:
+    """Do what `python train.py ARGUMENTS` does."""
     sys.argv, sys.path[0] = ["train.py", *arguments], str(ROOT)
-    try:
-        runpy.run_path("train.py", run_name="__main__")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    runpy.run_path("train.py", run_name="__main__")
+
+
+class Runs:
+    """Starts train.py on the same settings again and again; the logs lie in the same folder."""
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.path = folder, folder / "config.yaml"
+        self.path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        self.number = 0
+
+    def start(self, *arguments, **environment: str):
+        self.number += 1
+        log = self.folder / f"log_{self.number}"
+        words = map(str, (self.path, *arguments))
+        return forked.start(train_command, log, environment, *words), log
+
+    def end(self, *arguments, **environment: str) -> tuple[int, str, str]:
+        """Run to the end -> (exit status, stdout, stderr)."""
+        return forked.finish(*self.start(*arguments, **environment))
 
 
 @pytest.fixture(scope="module")
-def start():
-    """A function that starts train.py in a process forked from one with torch imported; no copies
-    of this process, whose threads a fork would break."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*HEAVY[:3], "matplotlib.figure", "pytest"])
-    started = []
-
-    def start_train(log: Path, arguments: list, **environment: str):
-        arguments = ["configs/sample.yaml", *TINY, *map(str, arguments)]
-        process = context.Process(target=train_command, args=(str(log), arguments, environment))
-        process.start()
-        started.append(process)
-        return process
-
-    yield start_train
-    for process in started:
-        process.kill()
+def settings(tmp_path_factory) -> dict:
+    return tiny_settings(tmp_path_factory.mktemp("tiny"), max_steps=6, eval_every=6)
 
 
-def finish(process, log: Path) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr less what libraries say while loading)."""
-    process.join(300)
-    texts = [Path(f"{log}.{name}").read_text(encoding="utf-8") for name in ("out", "err")]
-    own = [line for line in texts[1].splitlines() if "Loading weights" not in line and line.strip()]
-    own = [line for line in own if "from kernels-community" not in line]
-    return process.exitcode, texts[0], "\n".join(own)
+@pytest.fixture
+def runs(tmp_path, settings) -> Runs:
+    return Runs(tmp_path, settings | {"run_dir": str(tmp_path / "run")})
 
 
-def assert_no_model(start, tmp_path: Path, model: Path, arguments: list, lines: list[str]) -> None:
-    log = tmp_path / "log"
-    arguments = [f"model_name={model}", f"run_dir={tmp_path / 'run'}", *arguments]
-    status, _, errors = finish(start(log, arguments), log)
-    assert errors == "\n".join(lines)
-    assert status == 1
+@pytest.fixture
+def without_weights(tmp_path, settings) -> Runs:
+    """Give runs a model folder without weights, so that loading it ends with another line."""
+    model, run_dir = tmp_path / "model", str(tmp_path / "run")
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(settings["model_name"], model, ignore=ignored)
+    return Runs(tmp_path, settings | {"run_dir": run_dir, "model_name": str(model)})
 
 
-def test_a_corpus_shorter_than_a_sequence(start, tmp_path, model_without_weights):
-    path = tmp_path / "corpus.txt"
-    path.write_text("And Ammerlune slept.\n", encoding="utf-8")
-    arguments = [f"corpus={path}", "val_fraction=0.5"]
-    log = tmp_path / "log"
-    arguments += [f"model_name={model_without_weights}", f"run_dir={tmp_path / 'run'}"]
-    status, _, errors = finish(start(log, arguments), log)
-    assert re.fullmatch(
-        r"corpus: the train text has \d+ tokens, fewer than a sequence of 32 and its last target;"
-        r" give more text or lower seq_len",
-        errors,
-    )
-    assert status == 1
+def test_the_guard_of_the_next_tests_works(without_weights, tmp_path):
+    """A run with nothing else wrong gets as far as the weights that are not there."""
+    status, _, errors = without_weights.end()
+    assert status == 1 and errors.startswith(f"model_name: {tmp_path / 'model'}: ")
 
 
-def test_a_lexicon_whose_words_never_occur(start, tmp_path, model_without_weights):
-    path = tmp_path / "lexicon.txt"
-    path.write_text("zzzblorp\nqwxyz\n", encoding="utf-8")
-    line = (
-        f"{path}: none of its 2 new words matches in the corpus (spaced matching); check that the"
-        " two belong together"
-    )
-    assert_no_model(start, tmp_path, model_without_weights, [f"lexicon={path}"], [line])
+SHORT = (
+    "corpus: the train text has 5 tokens, fewer than a sequence of 16 and its last target; give"
+    " more text or lower seq_len"
+)
+NEVER = (
+    "{}: none of its 2 new words matches in the corpus (spaced matching); check that the two belong"
+    " together"
+)
 
 
-def test_cuda_asked_for_and_absent(start, tmp_path, model_without_weights):
+@pytest.mark.parametrize(
+    "key, text, line",
+    [
+        ("lexicon", None, "{}: cannot be read: No such file or directory"),
+        ("corpus", None, "{}: cannot be read: No such file or directory"),
+        ("lexicon", "\n\n", "{}: no usable word (empty file); give one word a line"),
+        ("corpus", " \n", "{}: the corpus file is empty; give a text"),
+        ("lexicon", "zzzblorp\nqwxyz\n", NEVER),
+        ("corpus", "the glimock.\n", SHORT),
+    ],
+)
+def test_texts_that_cannot_be_used(without_weights, tmp_path, key, text, line):
+    path = tmp_path / f"{key}.txt"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert without_weights.end(f"{key}={path}") == (1, "", line.format(path))
+
+
+def test_model_folders_that_cannot_be_used(without_weights, tmp_path):
+    path = tmp_path / "none"
+    line = f"model_name {str(path)!r}: no such folder"
+    assert without_weights.end(f"model_name={path}") == (1, "", line)
+    path.mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", path)
+    line = f"model_name {str(path)!r}: {path} holds no tokenizer"
+    assert without_weights.end(f"model_name={path}") == (1, "", line)
+
+
+def test_cuda_asked_for_and_absent(without_weights):
     import torch
 
     if torch.cuda.is_available():
@@ -269,23 +220,30 @@ def test_cuda_asked_for_and_absent(start, tmp_path, model_without_weights):
         "device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu, or choose a GPU"
         " runtime (Colab: Runtime > Change runtime type)"
     )
-    assert_no_model(start, tmp_path, model_without_weights, ["device=cuda"], [line])
+    assert without_weights.end("device=cuda") == (1, "", line)
 
 
-def test_a_second_training_on_one_run_folder(start, tmp_path, model_without_weights):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    with open(run_dir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        line = f"run_dir: another training is using {run_dir}; wait for it, or give another run_dir"
-        assert_no_model(start, tmp_path, model_without_weights, [], [line])
+def test_dry_run_plans_without_weights_and_writes_nothing(without_weights, tmp_path):
+    status, out, errors = without_weights.end("--dry-run", "micro_batch_size=auto")
+    assert (status, errors) == (0, "")
+    plan = dict(re.findall(r"^([a-z ]+?) +([\d.]+) GiB", out, re.MULTILINE))
+    beside = ("total", "margin", "host memory")
+    parts = [float(value) for name, value in plan.items() if name not in beside]
+    assert len(parts) >= 5 and sum(parts) == pytest.approx(float(plan["total"]), abs=0.04)
+    # input and output rows and their row statistics: 2 x 20 x (32 + 1) fp32
+    assert "bytes per sentry 5,280\n" in out
+    assert re.search(r"^T4 +fits, micro_batch_size 4$", out, re.MULTILINE)
+    kept = r"^about 2 of 2 layers can keep their activations: peak ([\d.]+) GiB$"
+    peak = float(re.search(kept, out, re.MULTILINE)[1])
+    assert float(plan["total"]) - 0.05 <= peak <= float(plan["total"]) + 0.2
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Killed and continued ------------------------------------------------------------------------
 
 
 def losses(run_dir: Path) -> list[tuple]:
-    """(step, kind, loss) of metrics.jsonl: what must not depend on a kill."""
+    """Read (step, kind, loss) of every record: what must not depend on a kill."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [(r["step"], r["kind"], r.get("loss", r.get("val_loss"))) for r in records]
@@ -296,62 +254,56 @@ def last_rows(run_dir: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def straight(start, tmp_path_factory) -> dict[str, Path]:
-    """Run folders of six steps without a kill, by quantization."""
+def straight(settings, tmp_path_factory) -> Path:
+    """Make a run of six steps without a kill; its folder."""
     folder = tmp_path_factory.mktemp("straight")
-    runs = {name: (folder / name, folder / f"{name}_log") for name in ("none", "nf4")}
-    for name, (run_dir, log) in runs.items():
-        status, _, errors = finish(start(log, [f"run_dir={run_dir}", f"quantization={name}"]), log)
-        assert status == 0, errors
-    return {name: run_dir for name, (run_dir, _) in runs.items()}
+    status, _, errors = Runs(folder, settings | {"run_dir": str(folder / "run")}).end()
+    assert status == 0, errors
+    return folder / "run"
 
 
 def test_a_straight_run_logs_each_step_once(straight):
-    found = losses(straight["nf4"])
     wanted = [(0, "eval")] + [(n, "train") for n in range(1, 7)] + [(6, "eval")]
-    assert [entry[:2] for entry in found] == wanted
+    assert [entry[:2] for entry in losses(straight)] == wanted
 
 
-@pytest.mark.parametrize("name, fault", [("none", "rows_written@4"), ("nf4", "before_marker@4")])
-def test_killed_in_a_save_and_continued_equals_straight(start, tmp_path, straight, name, fault):
-    """SIGKILL in the middle of the second save; step 2 is the last whole one."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = [f"run_dir={run_dir}", f"quantization={name}"]
-    killed = start(log, arguments, WAKE2VEC_FAULT=fault)
-    killed.join(300)
-    assert killed.exitcode == -signal.SIGKILL
-    status, out, errors = finish(start(log, arguments), log)
+@pytest.mark.parametrize("fault", ["rows_written@4", "before_marker@4"])
+def test_killed_in_a_save_and_continued_equals_straight(runs, tmp_path, straight, fault):
+    """SIGKILL comes in the middle of the second save, so step 2 is the last whole one."""
+    run_dir = tmp_path / "run"
+    assert runs.end(WAKE2VEC_FAULT=fault)[0] == -signal.SIGKILL
+    status, out, errors = runs.end()
     assert status == 0, errors
     assert f"continuing from {run_dir / 'snapshots' / 'step_000002'}, step 2\n" in out
-    assert losses(run_dir) == losses(straight[name])
-    assert last_rows(run_dir) == last_rows(straight[name])
+    assert losses(run_dir) == losses(straight)
+    assert last_rows(run_dir) == last_rows(straight)
 
 
-def test_killed_from_outside_with_only_the_durable_folder_left(start, tmp_path, straight):
-    """As on a notebook host: SIGKILL at any moment, the local disk is gone, the Drive is not."""
-    run_dir, durable, log = tmp_path / "run", tmp_path / "drive", tmp_path / "log"
-    arguments = [f"run_dir={run_dir}", f"sentry_dir={durable}", "quantization=nf4"]
-    killed = start(log, arguments)
+def test_killed_from_outside_with_only_the_durable_folder_left(runs, tmp_path, straight):
+    """A notebook host ends like this: SIGKILL at any moment, and the Drive alone is left."""
+    run_dir, durable = tmp_path / "run", tmp_path / "drive"
+    killed, _ = runs.start(f"sentry_dir={durable}")
     wait_for((durable / "step_000002" / "state.json").exists, "no sentry came")
     killed.kill()
     killed.join()
     shutil.rmtree(run_dir)
-    status, out, errors = finish(start(log, arguments), log)
+    status, out, errors = runs.end(f"sentry_dir={durable}")
     assert status == 0, errors
     assert re.search(rf"^continuing from {re.escape(str(durable))}/step_00000\d, ", out, re.M)
-    assert losses(run_dir) == losses(straight["nf4"])
-    rows = durable / "step_000006" / "rows.safetensors"
-    assert rows.read_bytes() == last_rows(straight["nf4"])
+    assert losses(run_dir) == losses(straight)
+    assert (durable / "step_000006" / "rows.safetensors").read_bytes() == last_rows(straight)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_stop_signal_leaves_a_sentry_and_status_1(start, tmp_path, name):
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = [f"run_dir={run_dir}", "quantization=none", "max_steps=5000", "save_every=5000"]
-    process = start(log, [*arguments, "snapshot_every=5000", "eval_every=5000"])
+def test_a_stop_signal_leaves_a_sentry_and_status_1(runs, tmp_path, name):
+    """Meanwhile no second training can use the run's folder."""
+    run_dir = tmp_path / "run"
+    process, log = runs.start(*FOREVER)
     wait_for_step(run_dir, 3)
+    line = f"run_dir: another training is using {run_dir}; wait for it, or give another run_dir"
+    assert runs.end() == (1, "", line)
     os.kill(process.pid, getattr(signal, name))
-    status, _, errors = finish(process, log)
+    status, _, errors = forked.finish(process, log)
     step = losses(run_dir)[-1][0]
     line = f"stopped by {name} at step {step}, saved; the same command goes on from there"
     heard = f"{name}: stopping after this step, saved; once more ends at once"
@@ -359,47 +311,105 @@ def test_a_stop_signal_leaves_a_sentry_and_status_1(start, tmp_path, name):
     assert (run_dir / "sentries" / f"step_{step:06d}" / "state.json").exists()
 
 
-def test_what_continuing_refuses(start, tmp_path, straight):
-    """Changed keys are named, a step that is not there too; the run's files stay as they were."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(straight["none"], run_dir)
-    before = {p: p.stat().st_mtime_ns for p in run_dir.glob("s*/step_*/*")}
-    changed = start(
-        log, [f"run_dir={run_dir}", "quantization=none", "learning_rate=0.1", "seq_len=16"]
-    )
-    other_log = tmp_path / "other_log"
-    _, _, errors = finish(changed, log)
-    assert errors.splitlines() == [
-        "seq_len: the run was started with 32, now it is 16",
+def test_what_continuing_refuses(runs, tmp_path, straight):
+    """Changed keys are named, and a step that is not there; the run's files stay as they were."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+    status, _, errors = runs.end("learning_rate=0.1", "seq_len=8")
+    assert status == 1 and errors.splitlines() == [
+        "seq_len: the run was started with 16, now it is 8",
         "learning_rate: the run was started with 0.01, now it is 0.1",
         "put these keys back to continue, or start over with --fresh (the old run is kept aside)",
     ]
-    missing = start(other_log, [f"run_dir={run_dir}", "quantization=none", "--step", "3"])
-    status, _, errors = finish(missing, other_log)
+    status, _, errors = runs.end("--step", "3")
     folders = f"{run_dir / 'snapshots'}, {run_dir / 'sentries'}"
     assert (status, errors) == (1, f"no whole sentry of step 3 in {folders}")
-    assert before and {p: p.stat().st_mtime_ns for p in run_dir.glob("s*/step_*/*")} == before
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
 
 
-def test_fresh_starts_over_and_keeps_the_old_run(start, tmp_path, straight):
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(straight["none"], run_dir)
-    arguments = [f"run_dir={run_dir}", "quantization=none", "learning_rate=0.02", "--fresh"]
-    status, out, errors = finish(start(log, arguments), log)
+def test_fresh_starts_over_and_keeps_the_old_run(runs, tmp_path, straight):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    status, out, errors = runs.end("learning_rate=0.02", "--fresh")
     assert status == 0, errors
     assert "continuing from" not in out
-    assert losses(run_dir / "old-1") == losses(straight["none"])
-    assert len(losses(run_dir)) == len(losses(straight["none"]))
-    assert last_rows(run_dir) != last_rows(straight["none"])
+    assert losses(run_dir / "old-1") == losses(straight)
+    assert len(losses(run_dir)) == len(losses(straight))
+    assert last_rows(run_dir) != last_rows(straight)
 
 
-def test_the_command_as_a_person_types_it(tmp_path):
-    """No fork, no tricks: `python train.py`, to the loss table."""
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "train.py", "configs/sample.yaml", *TINY, f"run_dir={run_dir}"]
-    result = subprocess.run([*command, "max_steps=2"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    table = (run_dir / "loss_table.md").read_text(encoding="utf-8")
-    assert table.startswith("| Step | Train | Val | Notes |\n|---|---|---|---|\n| 0 | - | ")
-    assert result.stdout.rstrip().endswith(table.rstrip())
-    assert f"torch {importlib.metadata.version('torch')}" in result.stdout
+# ---- Progress ------------------------------------------------------------------------------------
+
+
+def test_lines_come_every_log_every_steps(runs):
+    status, out, errors = runs.end("log_every=4")
+    assert (status, errors) == (0, "")  # no bar
+    assert re.findall(r"^step (\d)/6  loss [\d.]+  .* left$", out, re.MULTILINE) == ["4", "6"]
+
+
+@pytest.fixture
+def terminal():
+    """Open a terminal of 80 columns -> (its path, a function that reads what was written to it)."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    received = bytearray()
+
+    def receive() -> None:
+        while not received.endswith(END):
+            received.extend(os.read(master, 2**16))
+
+    reader = threading.Thread(target=receive, daemon=True)
+    reader.start()
+
+    def read() -> str:
+        """Read all that was written; nothing may be written afterwards."""
+        os.write(slave, END)
+        reader.join(60)
+        return received.removesuffix(END).decode("utf-8")
+
+    yield os.ttyname(slave), read
+    os.close(master)
+    os.close(slave)
+
+
+def screen(text: str, columns: int) -> list[str]:
+    """List the lines that a terminal shows in the end; a line that is too long is wrapped."""
+    lines, column = [""], 0
+    for character in text:
+        if character == "\n":
+            lines.append("")
+        elif character == "\r":
+            column = 0
+        else:
+            assert character.isprintable(), repr(character)
+            if column == columns:
+                lines.append("")
+                column = 0
+            lines[-1] = lines[-1][:column].ljust(column) + character + lines[-1][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_a_terminal_shows_one_bar_below_the_lines(runs, terminal):
+    """Losses stay on the screen, and a bar that wrapped would leave its first half behind."""
+    path, read = terminal
+    status, _, _ = runs.end(TEST_STDOUT=path, TEST_STDERR=path)
+    _, start, written = read().partition("\r\nmicro_batch_size ")
+    assert status == 0, written
+    lines = screen(start + written, 80)
+    shown = re.findall(r"step (\d)/6  loss [\d.]+  ", "\n".join(lines))
+    assert shown == ["1", "2", "3", "4", "5", "6"]
+    (bar,) = [line for line in lines if "%|" in line]
+    assert "6/6" in bar and len(bar) <= 80
+
+
+def test_lines_come_at_once_if_only_the_bar_is_on_a_terminal(runs, tmp_path, terminal):
+    """A person types `python train.py CONFIG | tee log` and watches."""
+    path, read = terminal
+    process, log = runs.start(*FOREVER, TEST_STDERR=path)
+    wait_for_step(tmp_path / "run", 3)
+    process.kill()
+    _, out, _ = forked.finish(process, log)
+    assert "\nstep 2/5000  loss " in out
+    assert "%|" not in out and "/5000 [" in read()

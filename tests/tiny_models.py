@@ -1,14 +1,18 @@
-"""Tiny random models of each family that the configs name, for the tests: no network, no weights.
+"""Make tiny random models and runs of each family that the configs name: no network, no weights.
 
     make_model("gemma2")                       2 layers, hidden size 32, every weight random
     save_model("gemma2", tmp_path / "model")   the same beside a tokenizer: a model_name for Config
+    make_overlay("gemma2"), make_batch(overlay)   20 new words over it, and the sequences of a step
     full_table_model(model, first_new_id, input_rows, output_rows)    the reference, tables resized
+    Config(**tiny_settings(tmp_path, "gemma2", max_steps=4))          a run of a few seconds
 
-A new family is one line in FAMILIES or REFUSED. Making one takes 10 ms (2 CPU cores, 2026-11-22).
+A new family is one line in FAMILIES, LOOK_ALIKES or REFUSED. Making one takes 10 ms (2 CPU cores,
+2026-11-22).
 """
 
 import copy
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +20,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
+from machine import StepBatch, Worker
+from overlay import WakeOverlay, is_tied, output_mode
+
+CPU = Worker(0, 1, torch.device("cpu"), torch.float32, "a CPU")  # the only process of a run
+NUM_NEW = 20
 FIRST_NEW_ID = 257  # 256 bytes and one special token
 TABLE_ROWS = 264  # 7 padding rows, as Qwen2.5-14B's table has 399
 SHAPE = {
@@ -59,6 +68,14 @@ FAMILIES = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {"tie_word_embeddings": False}),
 }
 
+# These have the parts of the others, and compute something else with them.
+LOOK_ALIKES = {
+    # Its MLP has the four attributes of Qwen's, and a norm before down_proj.
+    "bitnet": ("BitNetForCausalLM", "BitNetConfig", {"tie_word_embeddings": True}),
+    # Its attention makes a mask of its own from the causal one and the values.
+    "doge": ("DogeForCausalLM", "DogeConfig", {"tie_word_embeddings": True}),
+}
+
 WITH_LAYERS = "the overlay serves models with their decoder layers in model.base_model.layers"
 UNKNOWN_LOGITS = (  # a pattern: the number is the model's own
     r"computes logits from its hidden states in a way the overlay does not know"
@@ -66,7 +83,7 @@ UNKNOWN_LOGITS = (  # a pattern: the number is the model's own
 )
 T5_SHAPE = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
-# name -> (model class, config class, what differs from SHAPE, the OverlayError's text)
+# name -> (model class, config class, what differs from SHAPE, the UserError's text)
 SERVES = "the overlay serves causal language models with one embedding and one linear head"
 REFUSED = {
     "cohere": (
@@ -123,23 +140,23 @@ if transformers.__version__.startswith("4."):  # its base_model_prefix names an 
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A random model in eval mode, frozen; its weights are so large that logits differ by units."""
-    model_class, config_class, changes = (FAMILIES | REFUSED)[family][:3]
+    """Make a random model in eval mode, frozen; weights so large that logits differ by units."""
+    model_class, config_class, changes = (FAMILIES | LOOK_ALIKES | REFUSED)[family][:3]
     config = getattr(transformers, config_class)(**{**SHAPE, **changes})
     model = getattr(transformers, model_class)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             random = torch.randn(parameter.shape, generator=generator)
-            # norms stay near what they are, matrices get random numbers
+            # Norms stay near what they are; matrices get random numbers.
             parameter.copy_(0.3 * random if parameter.dim() > 1 else parameter + 0.1 * random)
     return model.to(dtype).requires_grad_(False).eval()
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level, one token a byte, and <|endoftext|>: FIRST_NEW_ID ids.
+    """Make a byte-level tokenizer of FIRST_NEW_ID ids: one token a byte, and <|endoftext|>.
 
-    <|endoftext|>, because transformers 5 adds it to a qwen2 tokenizer that has none.
+    Transformers 5 would add <|endoftext|> to a qwen2 tokenizer that has none.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -154,7 +171,7 @@ def save_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
 
 
 def save_folder(model: nn.Module, folder: Path) -> Path:
-    """Model and tokenizer as an ordinary local folder."""
+    """Write model and tokenizer as an ordinary local folder."""
     model.save_pretrained(folder)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
@@ -165,10 +182,11 @@ def save_folder(model: nn.Module, folder: Path) -> Path:
 def full_table_model(
     model: nn.Module, first_new_id: int, input_rows: Tensor, output_rows: Tensor | None = None
 ) -> nn.Module:
-    """A copy of the untouched model with resized tables: rows below first_new_id, then the new.
+    """Copy the untouched model with resized tables: its rows below first_new_id, then the new ones.
 
-    The independent reference: the library's own embedding, head, loss and autograd. Trainable.
-    output_rows None: the head uses input_rows too, and is tied where the model ties its own.
+    This is the independent reference: the library's own embedding, head, loss and autograd, all of
+    it trainable. If output_rows is None, the head uses input_rows too, and is tied if the model's
+    own head is.
     """
     config = copy.deepcopy(model.config)
     config.vocab_size = first_new_id + len(input_rows)
@@ -184,13 +202,42 @@ def full_table_model(
 
 
 def random_rows(model: nn.Module, num_rows: int, seed: int) -> Tensor:
-    """(num_rows, hidden) fp32, of the size of the model's own rows."""
+    """Make (num_rows, hidden) fp32 of the size of the model's own rows."""
     generator = torch.Generator().manual_seed(seed)
     return 0.3 * torch.randn(num_rows, model.config.hidden_size, generator=generator)
 
 
+def make_overlay(
+    family: str = "qwen2_untied",
+    output_rows: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    num_new: int = NUM_NEW,
+) -> WakeOverlay:
+    """Put an overlay of random rows over a random model; it is not installed."""
+    model = make_model(family, dtype)
+    mode = output_mode(output_rows, is_tied(model.config))
+    rows = [random_rows(model, num_new, seed) for seed in (1, 2)[: 1 if mode == "shared" else 2]]
+    return WakeOverlay(model, FIRST_NEW_ID, *rows, train_output=mode != "frozen")
+
+
+def random_ids(*shape: int, seed: int = 3) -> Tensor:
+    """Draw ids, half of them of NUM_NEW new words."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randint(0, FIRST_NEW_ID, shape, generator=generator)
+    new = torch.randint(FIRST_NEW_ID, FIRST_NEW_ID + NUM_NEW, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, new, base)
+
+
+def make_batch(overlay: WakeOverlay, size: int = 8, seq_len: int = 10) -> StepBatch:
+    """Make a step's sequences; together they hold every new id as input and as target."""
+    stream = random_ids(size * seq_len + 1)
+    stream[1 : NUM_NEW + 1] = torch.arange(FIRST_NEW_ID, FIRST_NEW_ID + NUM_NEW)
+    x, y = stream[:-1].view(size, seq_len), stream[1:].view(size, seq_len)
+    return StepBatch(1, x, y, overlay.base_embed(x), x, torch.arange(size))
+
+
 def write_words(folder: Path, num_words: int = 20) -> dict[str, str]:
-    """A lexicon of invented words, and a text that holds each of them often -> Config's keys."""
+    """Write a lexicon of invented words, and a text with each of them often -> Config's keys."""
     words = [
         a + b for a in ("glim", "bor", "vash", "tru", "quen") for b in ("ock", "ish", "ump", "ael")
     ]
@@ -204,7 +251,31 @@ def write_words(folder: Path, num_words: int = 20) -> dict[str, str]:
     return {"lexicon": str(folder / "lexicon.txt"), "corpus": str(folder / "corpus.txt")}
 
 
+def tiny_settings(folder: Path, family: str = "qwen2_untied", **changes) -> dict:
+    """Give Config's keys for a run of a few seconds on a CPU, with all its files in `folder`."""
+    return {
+        "model_name": str(save_model(family, folder / "model")), **write_words(folder),
+        "run_dir": str(folder / "run"), "quantization": "none", "device": "cpu", "seq_len": 16,
+        "effective_batch_size": 4, "micro_batch_size": 4, "max_steps": 8, "learning_rate": 0.01,
+        "log_every": 1, "eval_every": 4, "save_every": 2, "val_fraction": 0.1,
+    } | changes  # fmt: skip
+
+
 def step_losses(run_dir: Path) -> list[float]:
-    """The training losses in a run folder's metrics.jsonl, step by step."""
+    """Read the training losses in a run folder's metrics.jsonl, step by step."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def wait_for(condition, what: str) -> None:
+    """Wait until the condition holds, for five minutes at the most; then `what` has failed."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Wait until metrics.jsonl of a run in progress shows the step."""
+    metrics, line = run_dir / "metrics.jsonl", f'"step": {step}, "kind": "train"'
+    wait_for(lambda: metrics.exists() and line in metrics.read_text(), "the run got not so far")

@@ -1,6 +1,6 @@
 """Kill real runs of the sample --kills times, spoil what they left, prove that nothing is lost.
 
-    python tests/torture.py --kills 200        (559 s, 2 shared CPU cores, 2026-11-22)
+    python tests/torture/torture.py --kills 200        (559 s, 2 shared CPU cores, 2026-11-22)
 
 A chain is one run of configs/sample.yaml, 40 steps with a save each 4, in NF4 and in fp32 by turns,
 killed by SIGKILL and started again by the same command until it ends. Kills come at random moments
@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
@@ -43,12 +43,12 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import recover
 import train
-from extend_tokenizer import run_command
+from config import run_command
 
 LAST, EVERY = 40, 4
 SETTINGS = (
     "seq_len=32", "effective_batch_size=8", "val_fraction=0.01", f"max_steps={LAST}",
-    "eval_every=20", f"save_every={EVERY}", f"snapshot_every={EVERY}", "log_every=1",
+    "eval_every=20", f"save_every={EVERY}", "log_every=1",
 )  # fmt: skip
 FAULTS = (
     "rows_written", "before_rename", "before_marker", "after_marker",
@@ -175,7 +175,7 @@ NEED_MOUNT = ("local disk full", "durable full", "durable read-only")
 
 @dataclasses.dataclass
 class Reference:
-    """What an undisturbed run had: hash of the rows at each save, metrics, samples, seconds."""
+    """Holds what an undisturbed run had: hash of the rows at each save, metrics, samples, time."""
 
     rows: dict[int, str]
     metrics: list[dict]
@@ -185,7 +185,7 @@ class Reference:
 
 @dataclasses.dataclass
 class Chain:
-    """One training, killed and continued until its end; local and durable folder on own disks."""
+    """One training is killed and continued until its end; both its folders have own disks."""
 
     folder: Path
     quantization: str
@@ -210,7 +210,7 @@ class Chain:
         shutil.rmtree(self.folder)
 
     def sentries(self) -> list[tuple[int, Path]]:
-        """(step, path) of all folders named like a sentry, newest first, local before durable."""
+        """List (step, path) of all folders named like a sentry, newest first, local ones first."""
         found = []
         for folder in (self.run_dir / "snapshots", self.durable):
             for path in folder.glob("step_*") if folder.is_dir() else ():
@@ -219,7 +219,7 @@ class Chain:
         return sorted(found, key=lambda entry: -entry[0])
 
     def whole(self) -> list[tuple[int, Path]]:
-        """Those that have a marker and were not damaged on purpose."""
+        """List the sentries that have a marker and were not damaged on purpose."""
         return [
             (step, path)
             for step, path in self.sentries()
@@ -227,7 +227,7 @@ class Chain:
         ]
 
     def reached(self) -> int:
-        """The last step in metrics.jsonl, whose last line a kill may have cut."""
+        """Read the last step in metrics.jsonl, whose last line a kill may have cut."""
         path, step = self.run_dir / "metrics.jsonl", 0
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             if line.endswith("}"):
@@ -236,20 +236,21 @@ class Chain:
 
 
 def block_while(flag: Path) -> None:
-    """In a fork: copies to the durable folder wait while the flag is there; patience is short."""
-    real = recover.copy_bytes
+    """Let a fork's copies to the durable folder wait while the flag is there; at its end the run
+    waits a few seconds for them."""
+    real = shutil.copyfile
 
-    def copy_bytes(reader, writer, count: int) -> None:
+    def copyfile(*paths: Path) -> None:
         while flag.exists():
             time.sleep(0.01)
-        real(reader, writer, count)
+        real(*paths)
 
-    recover.copy_bytes, recover.PATIENCE_SECONDS = copy_bytes, 0.3
+    shutil.copyfile, recover.SLOW_COPY_NOTICE_SECONDS = copyfile, 0.3
     recover.SentryWriter.finish.__defaults__ = (3.0,)
 
 
 def start(chain: Chain, fault: str, as_command: bool, *more: str) -> int:
-    """Begin `train.py` on the chain's folders, in a fork or as a command; the process id."""
+    """Begin `train.py` on the chain's folders, in a fork or as a command -> the process id."""
     arguments = [
         "configs/sample.yaml", *SETTINGS, f"quantization={chain.quantization}", *more,
         f"run_dir={chain.run_dir}", f"sentry_dir={chain.durable}",
@@ -275,8 +276,10 @@ def start(chain: Chain, fault: str, as_command: bool, *more: str) -> int:
 
 
 def watch(pid: int, moments: list[tuple[float, Callable]], log: Path, from_start: bool) -> int:
-    """Wait for the end and call each function at its moment, seconds after the start or after the
-    first step began; exit status, negative for a signal."""
+    """Wait for the end and call each function at its moment -> exit status, negative for a signal.
+
+    Moments are seconds after the start, or after the first step began.
+    """
     began, clock = time.monotonic(), time.monotonic() if from_start else None
     moments = sorted(moments, key=lambda entry: entry[0])
     while True:
@@ -312,7 +315,7 @@ def rows_hash(path: Path) -> str:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """metrics.jsonl without what a clock measured."""
+    """Read metrics.jsonl without what a clock measured."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [{k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records]
@@ -323,7 +326,7 @@ def metrics(folder: Path) -> list[dict]:
 
 @dataclasses.dataclass
 class Tally:
-    """The counts, and every violation."""
+    """Counts what was done, and holds every violation."""
 
     wanted_kills: int
     kills: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -341,7 +344,8 @@ class Tally:
         return sum(count for name, count in self.kills.items() if name != "random")
 
     def enough(self) -> bool:
-        """The kills asked for, a quarter of them inside a save, a twentieth of each damage."""
+        """Say whether the kills asked for are done, a quarter of them inside a save, and a
+        twentieth of each damage."""
         share = self.wanted_kills // 20
         few = [name for name in DAMAGES if self.damages[name] < share]
         return (
@@ -364,7 +368,7 @@ class Tally:
 
 
 def check_whole(tally: Tally, chain: Chain) -> None:
-    """All that claims to be whole is what the undisturbed run had at that step."""
+    """Require that all that claims to be whole is what the undisturbed run had at that step."""
     reference = chain.reference
     for step, path in chain.whole():
         tally.compared += 1
@@ -374,8 +378,11 @@ def check_whole(tally: Tally, chain: Chain) -> None:
 
 
 def check_lost_work(tally: Tally, chain: Chain) -> None:
-    """A kill costs what came after the newest whole save; only a save that was cut off in its
-    middle, while up to one more interval was trained, makes that more than one interval."""
+    """Require that a kill costs no more than what came after the newest whole save.
+
+    That is one interval, unless a save was cut off in its middle, while up to one more interval was
+    trained.
+    """
     if "micro_batch_size" not in chain.log.read_text(encoding="utf-8"):
         return  # killed before its first step, which is where metrics.jsonl becomes this run's
     newest = max([step for step, _ in chain.whole()], default=0)
@@ -395,7 +402,7 @@ def check_lost_work(tally: Tally, chain: Chain) -> None:
 
 
 def check_start(tally: Tally, chain: Chain, expected: list[tuple[int, Path]]) -> None:
-    """The run took the newest whole sentry and named all newer folders, or died before it could."""
+    """Require that the run took the newest whole sentry, or died before it could."""
     text = chain.log.read_text(encoding="utf-8")
     said = re.search(r"^continuing from (.+), step (\d+)$", text, re.MULTILINE)
     tally.resumes += said is not None
@@ -407,7 +414,7 @@ def check_start(tally: Tally, chain: Chain, expected: list[tuple[int, Path]]) ->
 
 
 def check_end(tally: Tally, chain: Chain) -> None:
-    """Rows, metrics, samples, loss table of a chain at its end, here and in the durable folder."""
+    """Compare rows, metrics and samples of a chain at its end, here and in the durable folder."""
     text, reference = chain.log.read_text(encoding="utf-8"), chain.reference
     tally.chains += 1
     final = {path.parent for step, path in chain.whole() if step == LAST}
@@ -423,7 +430,7 @@ def check_end(tally: Tally, chain: Chain) -> None:
 
 
 def choose_fault(rng: random.Random, step: int) -> str:
-    """A fault point at one of the next three saves; of pruning, at a sentry that goes then."""
+    """Choose a fault point at one of the next three saves; pruning, at a sentry that goes then."""
     name = rng.choice(FAULTS)
     if name == "pruning":
         return f"pruning@{max(EVERY, step + EVERY * rng.randint(-2, 0))}"
@@ -431,7 +438,7 @@ def choose_fault(rng: random.Random, step: int) -> str:
 
 
 def disturb(tally: Tally, rng: random.Random, chain: Chain, step: int) -> int:
-    """One run of the chain, with a kill or a trouble or both; its exit status."""
+    """Make one run of the chain, with a kill or a trouble or both -> its exit status."""
     tally.runs += 1
     as_command = tally.runs % 20 == 0
     tally.commands += as_command
@@ -467,7 +474,7 @@ def disturb(tally: Tally, rng: random.Random, chain: Chain, step: int) -> int:
 
 
 def check_status(tally: Tally, chain: Chain, trouble: str, status: int) -> None:
-    """0, a kill, or, where the local disk was full, 1 with one line that says so."""
+    """Require 0, a kill, or, if the local disk was full, 1 with one line that says so."""
     if status == 1 and trouble == "local disk full":
         last = chain.log.read_text(encoding="utf-8").splitlines()[-1]
         clear = "No space left on device" in last and "make room" in last

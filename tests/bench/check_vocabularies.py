@@ -1,12 +1,18 @@
-"""What one token a word does to real vocabularies: the README's table. A command, not a test.
+"""Checks on real vocabularies what one token a word does to them, and prints a Markdown table.
 
-    python tests/check_vocabularies.py MODELS_FOLDER LEXICON TEXT
+    python tests/bench/check_vocabularies.py MODELS_FOLDER LEXICON TEXT
 
-For every folder in MODELS_FOLDER that has a tokenizer.json, and every token_matching: the counts;
-new tokens that are never reached or do not decode to their word; tokens per new word in a sentence;
-ordinary words of TEXT whose ids change, looked at where they stand; lines of TEXT, and of TEXT with
-every fifth word from the lexicon, that decode(encode) does not give back although the base does.
-Prints a Markdown table. A minute a tokenizer with 1 MB of text.
+There is a row for every folder in MODELS_FOLDER that has a tokenizer.json, and every
+token_matching. It tells
+
+- the counts, and whether the new ids follow each other;
+- how many new tokens are never reached or do not decode to their word;
+- how many tokens a new word takes in a sentence;
+- how many ordinary words of TEXT change their ids, each looked at where it stands;
+- how many lines the base gives back exactly and the extended tokenizer does not: lines of TEXT,
+  and of TEXT with every fifth word taken from the lexicon.
+
+This is a command and no test. With 1 MB of text it takes a minute a tokenizer.
 """
 
 import argparse
@@ -17,14 +23,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from extend_tokenizer import SPACE, Config, NewWords, plan_new_words
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from config import Config
+from extend_tokenizer import SPACE, NewWords, plan_new_words
 
 MATCHINGS = ("plain", "bare", "spaced")
 
 
 def mix(text: str, words: list[str]) -> str:
-    """`text` with every fifth word replaced by one of `words`, spread over the whole lexicon."""
+    """Replace every fifth word of `text` by one of `words`, spread over the whole lexicon."""
     count = 0
 
     def swap(match: re.Match) -> str:
@@ -36,9 +43,9 @@ def mix(text: str, words: list[str]) -> str:
 
 
 def altered_words(new: NewWords, text: str) -> tuple[int, int]:
-    """(ordinary words, those with other ids than the base gives them), by character offsets.
+    """Count (ordinary words, ordinary words whose ids changed) by character offsets.
 
-    A word belongs to the lexicon where a new token covers it from end to end.
+    A word belongs to the lexicon if a new token covers it from end to end.
     """
     ordinary = altered = 0
     for line in text.splitlines():
@@ -63,7 +70,7 @@ def altered_words(new: NewWords, text: str) -> tuple[int, int]:
 
 
 def round_trip_failures(new: NewWords, text: str) -> int:
-    """Lines that the base gives back exactly and the extended tokenizer does not."""
+    """Count the lines that the base gives back exactly and the extended tokenizer does not."""
 
     def exact(tokenizer: Tokenizer, line: str) -> bool:
         ids = tokenizer.encode(line, add_special_tokens=False).ids
@@ -74,8 +81,8 @@ def round_trip_failures(new: NewWords, text: str) -> int:
 
 
 def check(config: Config, text: str, words: list[str]) -> list:
-    """One row of the table."""
-    new = plan_new_words(config)
+    """Make one row of the table."""
+    new = plan_new_words(config, [text])
     alone = len(new.tokenizer.encode("a b", add_special_tokens=False).ids)
     tokens = unreached = 0
     for i, word in enumerate(new.words, new.first_new_id):
@@ -87,9 +94,9 @@ def check(config: Config, text: str, words: list[str]) -> list:
     in_a_row = [new.tokenizer.token_to_id(content) for content in new.contents] == list(sizes)
     bare = sum(content[0] not in f" {SPACE}" for content in new.contents)
     return [
-        new.matching, f"{new.first_new_id:,}", f"{new.known:,}", f"{len(new.words):,}",
-        f"{new.first_new_id + len(new.words):,}", "yes" if in_a_row else "NO", unreached, wrong,
-        f"{bare:,}",
+        new.matching, f"{new.first_new_id:,}", f"{len(new.lexicon.words) - len(new.words):,}",
+        f"{len(new.words):,}", f"{new.first_new_id + len(new.words):,}",
+        "yes" if in_a_row else "NO", unreached, wrong, f"{bare:,}",
         f"{altered:,} of {ordinary:,} ({altered / ordinary:.3%})", round_trip_failures(new, text),
         round_trip_failures(new, mix(text, words)), f"{tokens / len(new.words):.3f}",
     ]  # fmt: skip

@@ -1,13 +1,13 @@
 """Make a text in which more than a third of the words are invented, from a public-domain one.
 
-    python tests/make_deformed_text.py SOURCE.txt OUT_FOLDER    writes corpus.txt and lexicon.txt
+    python tests/bench/make_deformed_text.py SOURCE.txt OUT_FOLDER
 
-Deterministic: a word is deformed by the SHA-256 of its place, so the same source gives the same
-files. Of the words of four letters and more, two of three are blended with another word of the
-text, have a vowel moved or a consonant doubled, or take an ending; a few deformations of a word
-come back, most occur once, as in a book of portmanteaus. lexicon.txt lists them all. Used by
-tests/bench_learning.py on the King James Bible (Debian's bible-kjv-text, see
-tests/make_sample_model.py).
+The SHA-256 of a word's place decides how the word is deformed, so the same source gives the same
+files. Of the words of four letters and more, two of three are changed: blended with another word of
+the text, with a vowel moved or a consonant doubled, or with an ending. A few deformations of a word
+come back and most occur once, as in a book of portmanteaus. OUT_FOLDER gets corpus.txt, the new
+text, and lexicon.txt, all its invented words. tests/bench/bench_learning.py trains on what this
+makes of the King James Bible (Debian's bible-kjv-text, see configs/sample/make_model.py).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def number(*key) -> int:
 
 
 def deform(word: str, variant: int, others: list[str]) -> str:
-    """Variant 0, 1, 2, ... of a word, always the same."""
+    """Make variant 0, 1, 2, ... of a word, always the same one."""
     pick = number(word, variant)
     other, kind, pick = others[pick % len(others)], pick // 7 % 4, pick // 31
     middle = len(word) // 2
@@ -43,7 +43,7 @@ def deform(word: str, variant: int, others: list[str]) -> str:
 
 
 def make(source: str) -> tuple[str, list[str]]:
-    """(text, its invented words in order of appearance)."""
+    """Deform a text -> (new text, its invented words in order of appearance)."""
     source = source.encode("utf-8")[:MAX_BYTES].decode("utf-8", "ignore")
     ordinary = {word.lower() for word in re.findall(r"[A-Za-z]+", source)}
     others = sorted(word for word in ordinary if len(word) >= 4)

@@ -1,12 +1,13 @@
 """Run the whole test suite in an environment of its own for each set of versions we support.
 
-    python tests/run_matrix.py                              oldest, middle, newest, then a table
-    python tests/run_matrix.py oldest newest --venvs DIR    two of them, kept and reused in DIR
-    python tests/run_matrix.py --install-only               make the environments, run nothing
+    python tests/torture/run_matrix.py                      oldest, middle, newest, then a table
+    python tests/torture/run_matrix.py oldest newest --venvs DIR    two of them, kept in DIR
+    python tests/torture/run_matrix.py --install-only       make the environments, run nothing
 
-The versions are env_shim.SUPPORTED's: `oldest` takes the lower bounds of requirements.txt, `newest`
-the newest tried. Exit 1 where an installation or a suite failed. An environment is installed again
-only when its list of versions has changed. Making one took 130 s (2 CPU cores, 2026-11-22).
+The versions are those of env_shim.SUPPORTED: `oldest` takes the lower bounds of requirements.txt,
+`newest` the newest tried, which is what pip gives today (torch aside). The exit status is 1 if an
+installation or a suite failed. An environment is installed again only if its list of packages has
+changed. Making one took 130 s (2 CPU cores, 2026-11-22).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import env_shim
 

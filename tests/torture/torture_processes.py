@@ -1,6 +1,6 @@
 """Kill one of two processes at random moments, again and again, and prove that nothing is lost.
 
-    python tests/torture_processes.py --kills 20        (131 s, 2 shared CPU cores, 2026-11-22)
+    python tests/torture/torture_processes.py --kills 20     (131 s, 2 shared CPU cores, 2026-11-22)
 
 Each chain is one run of configs/sample.yaml, 40 steps on two processes with a save each 4, started
 again by the same command until it ends. After each kill the other process must end by itself
@@ -22,18 +22,32 @@ import time
 import traceback
 from pathlib import Path
 
-# the settings, and the modules imported once for all forks, are the other torture's
-from torture import LAST, NOT_COMPARED, SETTINGS
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+
+import bitsandbytes  # noqa: F401  imported once, here, for all forks
+import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import train
-from extend_tokenizer import run_command
+from config import run_command
 
+LAST = 40
+SETTINGS = (
+    "seq_len=32", "effective_batch_size=8", "val_fraction=0.01", f"max_steps={LAST}",
+    "eval_every=20", "save_every=4", "log_every=1",
+)  # fmt: skip
+NOT_COMPARED = ("step_seconds", "tokens_per_second")
 DEAD = "process {} ends: another process of this run died or cannot be reached; start the same"
 
 
 def start(run_dir: Path, quantization: str) -> list[int]:
-    """Two forks with the variables that torchrun sets; their ids. Logs: RUN_DIR_0.log, _1.log."""
+    """Start two forks with the variables that torchrun sets -> their ids. Their logs are
+    RUN_DIR_0.log and RUN_DIR_1.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -65,7 +79,7 @@ def log_of(run_dir: Path, rank: int) -> Path:
 
 
 def wait(pid: int, seconds: float) -> int | None:
-    """Exit status, negative for a signal; None where the process is still there afterwards."""
+    """Wait for the end -> exit status, negative for a signal; None if the process has not ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -76,7 +90,7 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def result(run_dir: Path) -> tuple:
-    """What must be the same bit for bit."""
+    """Read what must be the same bit for bit."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [{k: v for k, v in json.loads(x).items() if k not in NOT_COMPARED} for x in lines]
     final = run_dir / "snapshots" / f"step_{LAST:06d}"
@@ -85,7 +99,7 @@ def result(run_dir: Path) -> tuple:
 
 
 def run_and_kill(run_dir: Path, quantization: str, rng: random.Random, seconds: float) -> list[str]:
-    """One start with one kill; [] or what is wrong. 'end' alone: it was through before the kill."""
+    """Start once, kill once -> [] or what is wrong; ["end"] if it was through before the kill."""
     for rank in range(2):
         log_of(run_dir, rank).write_text("", encoding="utf-8")
     pids, victim = start(run_dir, quantization), rng.randrange(2)

@@ -5,8 +5,8 @@ The text (public domain, 4.4 MB, a verse a line, its reference in front) is in D
     apt-get install bible-kjv bible-kjv-text
     bible -f gen1:1-rev22:21 > verses.txt
 
-    python tests/make_sample_model.py verses.txt configs/sample/model
-    python tests/make_sample_model.py --measure configs/sample/corpus.txt configs/sample/model
+    python configs/sample/make_model.py verses.txt configs/sample/model
+    python configs/sample/make_model.py --measure configs/sample/corpus.txt configs/sample/model
 
 The references are cut off; the verses of a chapter are joined, five to a paragraph, a blank line
 between paragraphs and `<|endoftext|>` after the chapter. Every 20th chapter is held out.

@@ -1,16 +1,20 @@
-"""The chunked loss against the plain one: time, peak memory, and error against float64.
+"""Compare the chunked loss with the plain one: time, peak memory, and error against float64.
 
-    python tests/bench_loss.py                   sizes of Qwen2.5-14B on a GPU, small on a CPU
-    python tests/bench_loss.py --hidden 2048 --tokens 512 --dtype float32
+    python tests/bench/bench_loss.py             sizes of Qwen2.5-14B on a GPU, small on a CPU
+    python tests/bench/bench_loss.py --hidden 2048 --tokens 512 --dtype float32
 
-Prints one JSON object a line: for each vocabulary the plain loss (logits of all rows,
-F.cross_entropy, autograd), then the chunked one at each LOSS_CHUNK_POSITIONS. `error_*` is the
-largest error relative to the largest entry of the float64 truth, on the first `--truth` positions
-(12 GiB on the card for Qwen2.5-14B's tables). `seconds` is the median of `--repeats` passes after
-one that warms up; `peak_gib` what a pass takes beside its inputs, null on a CPU, where nothing
-counts it. 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22). On an H100 (torch 2.11.0, bf16) for
-Qwen2.5-14B's vocabulary: plain 89 ms and 5.7 GiB; in chunks of 256 27 ms and 1.5 GiB, of which 0.84
-are the new rows' gradient; errors of the row gradients 5.5e-4 and 2.0e-4.
+For each vocabulary the plain loss comes first (logits of all rows, F.cross_entropy, autograd), then
+the chunked one with each of CHUNKS as LOSS_CHUNK_POSITIONS. Prints one JSON object a line:
+
+    seconds     the median of --repeats passes, after one that warms up
+    peak_gib    what a pass takes beside its inputs; null on a CPU, where nothing counts it
+    error_*     the largest error, relative to the largest entry of the float64 truth, on the first
+                --truth positions; the truth of Qwen2.5-14B's tables takes 12 GiB of the card
+
+It takes 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22). On an H100 (torch 2.11.0, bf16, same date)
+with Qwen2.5-14B's vocabulary the plain loss takes 89 ms and 5.7 GiB. In chunks of 256 it is 27 ms
+and 1.5 GiB, of which 0.84 are the new rows' gradient; the errors of the row gradients are 5.5e-4
+and 2.0e-4.
 """
 
 import argparse
@@ -26,18 +30,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import overlay
+from config import GIB
 
 # (base rows, new rows): Qwen2.5-14B, Llama 3, TinyLlama with the devlog's words; no new rows
 GPU_VOCABULARIES = [(151_665, 44_223), (128_256, 44_195), (32_000, 44_585), (151_665, 0)]
 CPU_VOCABULARIES = [(16_000, 4_000), (4_000, 4_000), (16_000, 0)]
 CHUNKS = [64, 128, 256, 512, 1024]
-GIB = 2**30
 
 
 def make_inputs(num_base: int, num_new: int, args: argparse.Namespace) -> dict:
-    """Logits of a few units, as a model's are; every 50th label ignored."""
+    """Make tensors that give logits of a few units, like a model's; every 50th label is ignored."""
     generator = torch.Generator(args.device).manual_seed(0)
     options = {"generator": generator, "device": args.device}
     labels = torch.randint(num_base + num_new, (args.tokens,), **options)
@@ -56,7 +60,7 @@ def make_inputs(num_base: int, num_new: int, args: argparse.Namespace) -> dict:
 
 
 def plain(inputs: dict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """losses, d hidden, d new rows, by the library's cross entropy and autograd."""
+    """Losses, d hidden and d new rows, by the library's cross entropy and autograd."""
     hidden = inputs["hidden_states"].detach().requires_grad_()
     new_rows = inputs["new_rows"].detach().requires_grad_()
     base_rows = inputs["base_rows"][: inputs["first_new_id"]]
@@ -73,7 +77,7 @@ def chunked(inputs: dict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truth(inputs: dict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in float64, on the first positions alone, in closed form."""
+    """Compute the same in float64, in closed form; `inputs` are the first positions alone."""
     hidden, new_rows = inputs["hidden_states"].double(), inputs["new_rows"].double()
     base_rows = inputs["base_rows"][: inputs["first_new_id"]].double()
     logits = torch.cat([hidden @ base_rows.T, hidden @ new_rows.T], dim=1)
@@ -88,7 +92,7 @@ def truth(inputs: dict, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(method, inputs: dict, repeats: int) -> dict:
-    """Median seconds, and the memory that a pass adds."""
+    """Time a pass -> its median seconds, and the memory that it adds."""
     on_gpu, seconds, peak = inputs["labels"].is_cuda, [], None
     for _ in range(repeats + 1):
         gc.collect()
@@ -106,7 +110,7 @@ def measure(method, inputs: dict, repeats: int) -> dict:
 
 
 def errors(method, inputs: dict, num_positions: int) -> dict:
-    """Largest errors against float64 on the first positions, relative to the largest entry."""
+    """Find the largest errors against float64, relative to the truth's largest entry."""
     part = {n: inputs[n][:num_positions] for n in ("hidden_states", "labels")}
     results = [function(inputs | part, 1 / num_positions) for function in (method, truth)]
     found = {}
@@ -118,7 +122,7 @@ def errors(method, inputs: dict, num_positions: int) -> dict:
 
 
 def bench(name: str, method, inputs: dict, args: argparse.Namespace, **facts) -> None:
-    """Print one line; a pass that does not fit is a line too."""
+    """Print one line for a method; a pass that does not fit is a line too."""
     line = {"method": name, "num_base": inputs["first_new_id"], "num_new": len(inputs["new_rows"])}
     line |= {"tokens": args.tokens, "hidden_size": args.hidden, **facts}
     try:
@@ -157,5 +161,5 @@ def main(argv: list[str]) -> None:
         del inputs
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,0 +1,943 @@
+"""This file chooses device, processes, memory, and the fastest step that fits the card.
+
+    worker = find_worker(config)                      # this process: rank, device, compute dtype
+    plan = fit_to_machine(overlay, batches, config, worker)
+    loss_sum, following = run_step(plan, batch, overlay, worker, loss_scale, prepare_next)
+
+overlay.py says what a step computes. This file says how: in which micro-batches, with which layers
+recomputed in backward, with which pieces fused, as CUDA graphs or not, on one GPU or several. None
+of these choices changes the result beyond rounding. What replaces a piece of the model is proved on
+the model itself before it is used. On an H100 of which 14 GiB are used, a 14B step of 2,048 tokens
+takes 0.34 s this way, 0.43 s without fused pieces and graphs, and 5.8 s or more if one sequence at
+a time goes through the model (2026-11-22, docs/measurements.md).
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import functools
+import gc
+import inspect
+import math
+import os
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# If this file is pasted into a notebook below the others, their names are there already.
+if "keep_cpu_weights_plain" not in globals():
+    from env_shim import keep_cpu_weights_plain
+if "UserError" not in globals():
+    from config import GIB, Config, UserError, divisors, one_line
+if "WakeOverlay" not in globals():
+    from overlay import (
+        FLOAT16_LOSS_SCALE, LOSS_CHUNK_POSITIONS, LOSS_GROUP_POSITIONS, ROW_BLOCK, LossScale,
+        WakeOverlay, forward_backward, is_tied, output_mode,
+    )  # fmt: skip
+
+# GiB that stay free beside a pass, for what an evaluation and the allocator need. A pass captured
+# in CUDA graphs keeps its memory between steps, so an evaluation's loss needs room of its own.
+SPARE_GIB, GRAPH_SPARE_GIB = 0.5, 1.2
+# On a CPU a model of at most this width runs on one thread. A step of the sample (128 wide) is 600
+# to 1,200 short parallel sections, whose threads wait for each other: beside two other programs a
+# step took 1.6 to 7.4 s on two threads and 0.3 to 0.5 s on one; alone, 0.16 and 0.20 s.
+SMALL_HIDDEN_SIZE = 256
+# A process that does not reach a step's sum within this time is taken for dead.
+STEP_TIMEOUT = datetime.timedelta(minutes=3)
+# The others wait at most this long for a process that downloads the model or has a slow disk.
+START_TIMEOUT = datetime.timedelta(hours=2)
+# How far fused pieces may be from eager ones, as a share of the norm: one piece, and a whole pass.
+# bfloat16 rounds after each operation and a fused kernel once. Through the 48 layers of a random
+# 14B this grows to 0.01 in the losses and 0.18 in the gradients (one H100, 2026-11-25).
+PIECE_TOLERANCE, PASS_TOLERANCE = 0.02, 0.3
+
+
+# ---- This process, and the others ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """This describes one process of a run: its rank, its device, and the dtype it computes in."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    why_dtype: str
+    group: dist.ProcessGroup | None = None  # gloo, for barriers; None if there is one process
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def find_worker(config: Config) -> Worker:
+    """Choose device and dtype for this process; torchrun's environment says which one it is.
+
+    A GPU below compute capability 8.0, such as a T4, computes in float16. There
+    torch.cuda.is_bf16_supported() says True too, but bfloat16 is emulated, slower than float32.
+
+    Raises: UserError if there is no such device, or if the processes cannot share the work evenly
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.effective_batch_size % world_size:
+        raise UserError(
+            f"{world_size} processes do not divide effective_batch_size"
+            f" {config.effective_batch_size}; start one of"
+            f" {', '.join(map(str, divisors(config.effective_batch_size)))}"
+        )
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not use_cuda:
+        raise UserError("device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu")
+    device, dtype, why = torch.device("cpu"), torch.float32, "a CPU"
+    if use_cuda:
+        device = choose_gpu(rank, config.max_gpu_gib)
+        major, minor = torch.cuda.get_device_capability(device)
+        dtype = torch.bfloat16 if major >= 8 else torch.float16
+        why = f"compute capability {major}.{minor}"
+    # Left to itself, MKL chooses the number of threads anew by the machine's load. Another number
+    # splits sums differently, and a continued run differed in the last bits. Setting it stops this.
+    torch.set_num_threads(torch.get_num_threads())
+    if config.compute_dtype != "auto":
+        dtype, why = getattr(torch, config.compute_dtype), "compute_dtype in the config"
+    return Worker(rank, world_size, device, dtype, why)
+
+
+def choose_gpu(rank: int, max_gpu_gib: float | None) -> torch.device:
+    """Take this process's own GPU, and cap what the allocator may use of it."""
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"process {rank} ends: this machine has {count} GPU(s), and each process needs its own;"
+            " start no more"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min((max_gpu_gib or math.inf) * GIB / total, 1.0)
+    torch.cuda.set_per_process_memory_fraction(share, device)  # 1.0 lifts an earlier run's cap
+    return device
+
+
+def join_processes(worker: Worker) -> Worker:
+    """Join the other processes of a run; the worker returned can call `barrier`.
+
+    Raises: UserError if one of the others does not come
+    """
+    if worker.world_size == 1:
+        return worker
+    known = {"rank": worker.rank, "world_size": worker.world_size}
+    backend = "nccl" if worker.device.type == "cuda" else "gloo"
+    try:
+        if not dist.is_initialized():  # a notebook's second run has its group already
+            store = next(dist.rendezvous("env://", timeout=START_TIMEOUT))[0]
+            # torchrun 2.13 restarts on the old store, which still holds the dead processes'
+            # addresses. Under a prefix of its own, each attempt finds only its own.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+            dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=store, **known)
+        # A process that waits on gloo notices at once that another one has died. On NCCL it does
+        # not, so barriers use gloo.
+        group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    except RuntimeError as error:
+        raise UserError(
+            f"process {worker.rank} ends: the others cannot be reached:"
+            f" {str(error).splitlines()[0]} (GLOO_SOCKET_IFNAME names the network interface, if it"
+            " is the wrong one)"
+        ) from error
+    return dataclasses.replace(worker, group=group)
+
+
+def barrier(worker: Worker) -> None:
+    """Wait until all processes are here, even if one downloads a model or has a slow disk."""
+    if worker.group:
+        dist.barrier(group=worker.group)
+
+
+def all_reduce_sum(worker: Worker, tensor: Tensor) -> None:
+    """Sum a tensor over all processes, in place."""
+    if worker.world_size > 1:
+        dist.all_reduce(tensor)
+
+
+def check_same_run(worker: Worker, facts: dict) -> None:
+    """Raise a UserError if this process was started with other facts than process 0."""
+    if worker.world_size > 1:
+        everyone = [None] * worker.world_size
+        dist.all_gather_object(everyone, facts, group=worker.group)
+        different = [name for name in facts if facts[name] != everyone[0][name]]
+        if different:
+            raise UserError(
+                f"process {worker.rank} has another {', '.join(different)} than process 0; every"
+                " process needs the same command and the same files"
+            )
+
+
+def leave_processes(worker: Worker) -> None:
+    """Part in good order: a process that ends while others still talk to it can abort them."""
+    if worker.world_size > 1:
+        barrier(worker)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def agree(
+    worker: Worker, loss_sum: Tensor, norm: Tensor, stop_asked: bool, loss_scale: LossScale
+) -> tuple[float, float, bool]:
+    """Make the step's one wait for the device -> (sum of losses, gradient norm, stop or not).
+
+    All processes get the same values. The losses are summed. If one process was asked to stop, all
+    stop. All take the lowest loss scale. The norm needs no sum, because its gradients are summed.
+    """
+    # (1 + world_size,): asked to stop; each process's loss scale
+    told = torch.zeros(1 + worker.world_size)
+    told[0], told[1 + worker.rank] = stop_asked, loss_scale.value
+    summed = torch.cat([loss_sum[None], told.to(worker.device)])  # (2 + world_size,)
+    all_reduce_sum(worker, summed)
+    norm, loss_sum, stopping, *scales = torch.cat([norm[None], summed]).tolist()
+    loss_scale.agree(min(scales))
+    return loss_sum, norm, stopping > 0
+
+
+@contextlib.contextmanager
+def known_errors_in_one_line(run_dir: str, worker: Worker):
+    """Turn a full disk, a full GPU and the death of another process into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{run_dir}: {error}; the sentries there are intact: make room, then run the same"
+            " command again"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory; what is saved is whole: free the GPU, or continue with a smaller"
+            f" micro_batch_size ({one_line(error)})"
+        ) from error
+    except RuntimeError as error:
+        if worker.world_size == 1 or not (
+            isinstance(error, dist.DistError) or "gloo" in str(error)
+        ):
+            raise
+        reason = one_line(error).split("] ", 1)[-1].split(" This is typically")[0]  # gloo's
+        # If gloo's threads still run at the end of this process, they abort the process.
+        if dist.is_initialized():
+            dist.destroy_process_group(worker.group if worker.device.type == "cuda" else None)
+        raise UserError(
+            f"process {worker.rank} ends: another process of this run died or cannot be reached;"
+            f" start the same command again ({reason})"
+        ) from error
+
+
+# ---- The base model ------------------------------------------------------------------------------
+
+
+def load_model(config: Config, worker: Worker):
+    """Load the base model frozen; `quantization: nf4` turns all linear layers but lm_head to NF4.
+
+    Memory: the model's, plus one tensor in 16 bits while it is quantized
+            (tests/bench/measure_load.py)
+    Raises: UserError with the library's reason in one line
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    settings = {
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": worker.dtype,  # the default differs between transformers 4 and 5
+        "device_map": {"": str(worker.device)},
+    }
+    if config.quantization == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=worker.dtype,
+        )  # fmt: skip
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+    # accelerate's hooks would carry the input table to the card at each use.
+    remove_hook_from_submodules(model)
+    model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
+    keep_cpu_weights_plain(model)
+    return model.eval()
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def free_cached_memory() -> None:
+    """Give back the GPU memory that a broken-off pass or an earlier run of this process left."""
+    gc.collect()  # an error and its frames hold each other, and the frames hold tensors
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device_name(worker: Worker) -> str:
+    return torch.cuda.get_device_name() if worker.device.type == "cuda" else "CPU"
+
+
+def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the host, pinned beside a GPU; a save is written from the copies.
+
+    torch keeps pinned memory and gives it out again, so only the first save allocates. Training
+    waits for this copy alone: 0.034 s for the 14B's 1.69 GiB (tests/bench/bench_save.py).
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copies[name].copy_(tensor, non_blocking=True)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copies
+
+
+def bytes_per_value(config: Config) -> int:
+    """Count the bytes of one weight or activation on the card: 4 in float32, else 2."""
+    return 4 if config.compute_dtype == "float32" else 2
+
+
+def model_without_weights(config: Config) -> torch.nn.Module:
+    """Make the base model on the meta device: it has every shape and no data. Raises: UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = {"trust_remote_code": config.trust_remote_code}
+    try:
+        shape = AutoConfig.from_pretrained(
+            config.model_name, revision=config.model_revision, **trust
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, **trust)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+
+
+def memory_plan(
+    model: torch.nn.Module, num_new: int, config: Config, micro_batch_size: int
+) -> dict[str, float]:
+    """Estimate the GiB that training takes on a card, by part.
+
+    'total' is the peak that the allocator would report. 'host memory' is not on the card: it is the
+    save buffers and an untied input table.
+    model: a model without weights, whose shapes are counted. Activations are counted as those of
+    decoder layers with a gated MLP, all recomputed unless gradient_checkpointing is false.
+    """
+    shape, width = model.config.get_text_config(), bytes_per_value(config)
+    tied, hidden, layers = is_tied(model.config), shape.hidden_size, shape.num_hidden_layers
+    table = model.get_input_embeddings().weight.numel()
+    tokens = micro_batch_size * config.seq_len
+    step_tokens = config.effective_batch_size * config.seq_len
+    row_set, inputs = 4 * num_new * hidden, tokens * hidden * width
+    num_sets = 1 if output_mode(config.output_rows, tied) == "shared" else 2
+    loss = min(tokens, LOSS_GROUP_POSITIONS) * num_new * 4
+    loss += min(tokens, LOSS_CHUNK_POSITIONS) * shape.vocab_size * 6
+    layer = tokens * width * (4.5 * shape.intermediate_size + 2 * hidden)
+    layer += 2 * width * hidden * shape.intermediate_size  # one layer's weights, dequantized
+    kept = config.gradient_checkpointing == "false"
+    plan = {
+        "body": body_bytes(model, config),
+        "base head rows": width * table,
+        "new rows": row_set * num_sets,
+        "gradients": row_set + 4 * min(step_tokens, num_new) * hidden,
+        "base rows of two steps": 2 * step_tokens * hidden * width,
+        "layer inputs": layers * (kept_layer_bytes(shape, tokens, config) if kept else inputs),
+        "loss chunk or one layer": max(loss + tokens * hidden * 10, layer),
+    }
+    plan["total"] = sum(plan.values())
+    # torch pins a buffer as the next power of two.
+    plan["host memory"] = num_sets * 2 ** math.ceil(math.log2(row_set)) + width * table * (not tied)
+    return {name: size / GIB for name, size in plan.items()}
+
+
+def body_bytes(model: torch.nn.Module, config: Config) -> float:
+    """Count the bytes of the body's weights: linear layers in NF4 if the config asks for it."""
+    linear = [m.weight for m in model.base_model.modules() if type(m).__name__ == "Linear"]
+    num_linear = sum(weight.numel() for weight in linear)
+    table = model.get_input_embeddings().weight.numel()
+    others = sum(p.numel() for p in model.base_model.parameters()) - table - num_linear
+    width = bytes_per_value(config)
+    # NF4: 4 bits a weight, one byte of scale for 64 weights, and 4 bytes for 256 of these scales.
+    nf4_bytes = 0.5 + 1 / 64 + 4 / 64 / 256
+    return num_linear * (nf4_bytes if config.quantization == "nf4" else width) + others * width
+
+
+def kept_layer_bytes(shape, tokens: int, config: Config) -> float:
+    """Estimate what a layer that is not recomputed keeps for backward, its input included.
+
+    A 14B layer keeps 0.29 GiB at 16 x 128 tokens in eager mode, and 0.20 GiB with fused pieces
+    (measured on an H100).
+    """
+    inner, hidden = shape.intermediate_size, shape.hidden_size
+    values = 4 * inner + 3.8 * hidden if config.compile == "false" else 2 * inner + 4.7 * hidden
+    return tokens * bytes_per_value(config) * values
+
+
+def dry_run(config: Config, num_new: int) -> None:
+    """Print the memory plan, the micro-batch that training would try, and which cards it fits."""
+    model, cap = model_without_weights(config), config.max_gpu_gib or 14.0
+    sizes = [config.micro_batch_size]
+    if config.micro_batch_size == "auto":
+        sizes = divisors(config.effective_batch_size)
+    plans = {size: memory_plan(model, num_new, config, size) for size in sizes}
+    micro = max((size for size in sizes if plans[size]["total"] <= cap), default=min(sizes))
+    margin = cap - plans[micro]["total"]
+    for name, gib in plans[micro].items():
+        print(f"{name:26} {gib:8.2f} GiB")
+        if name == "total":
+            print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
+    accumulation = config.effective_batch_size // micro
+    print(f"micro_batch_size {micro} x {accumulation}, seq_len {config.seq_len}")
+    shape = model.config.get_text_config()
+    if config.gradient_checkpointing == "auto":
+        inputs = micro * config.seq_len * shape.hidden_size * bytes_per_value(config)
+        layer = (kept_layer_bytes(shape, micro * config.seq_len, config) - inputs) / GIB
+        spare = SPARE_GIB if config.compile == "false" else GRAPH_SPARE_GIB
+        kept = max(min(int((margin - spare) / layer), shape.num_hidden_layers), 0)
+        peak = plans[micro]["total"] + kept * layer
+        print(
+            f"about {kept} of {shape.num_hidden_layers} layers can keep their activations: peak"
+            f" {peak:.2f} GiB"
+        )
+    size = plans[micro]["new rows"] * GIB * (1 + 1 / shape.hidden_size)
+    print(f"bytes per sentry {round(size):,}")
+    for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
+        fits = [size for size in sizes if plans[size]["total"] <= usable]
+        print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
+
+
+# ---- Recomputing layers --------------------------------------------------------------------------
+
+
+def recompute_layers(body: torch.nn.Module, num_layers: int) -> None:
+    """Have the first num_layers of body.layers compute their activations again in backward.
+
+    The last layers keep theirs, because backward comes to them first and frees them first. A
+    recomputed layer keeps only its input: of the 14B at 16 x 128 tokens 20 MiB instead of 0.20 GiB.
+    transformers has a switch of its own, but it recomputes all layers and acts in train mode only.
+    It is reentrant by default in transformers 4.57 and not in 5.
+    """
+    for number, layer in enumerate(body.layers):
+        layer.__dict__.pop("forward", None)  # back to the class's own
+        if number < num_layers:
+            layer.forward = recomputing(layer.forward)
+
+
+def recomputing(forward: Callable) -> Callable:
+    """Wrap `forward` so that only its inputs stay until backward, which computes the rest again."""
+
+    def call(*arguments, **keywords):
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        # No layer draws random numbers in eval mode, so no generator state need be kept.
+        return checkpoint(
+            forward, *arguments, use_reentrant=False, preserve_rng_state=False,
+            determinism_check="none", **keywords,
+        )  # fmt: skip
+
+    return call
+
+
+# ---- Fused pieces --------------------------------------------------------------------------------
+
+
+def fuse_elementwise(overlay: WakeOverlay) -> list[str]:
+    """Compile RMSNorm, gated activation and rotary embedding into one kernel each, for training.
+
+    Returns the kinds of modules that look like these but compute something else; they stay eager.
+    These pieces are bound by memory: fused, they save 95 of the 407 ms that the kernels of a 14B
+    step take on an H100. Whole layers gain less, because a compiled layer recomputes its down
+    projection too, which nothing needs (331 ms instead of 312). Shapes vary in evaluation and
+    generation, so without gradients the original pieces run. A class of modules is replaced only
+    if its first module gives the same numbers both ways, forward and backward. The attributes alone
+    prove nothing: BitNet's MLP has all four, but normalizes before `down_proj`, Falcon-H1's
+    multiplies and DeepSeek-V4's clamps.
+    """
+    torch._dynamo.reset()  # an earlier run in this process may have compiled for other shapes
+    torch._dynamo.config.recompile_limit = 64  # one kernel for each micro-batch size that is tried
+    hidden_size, device = overlay.base_rows.shape[1], overlay.base_rows.device
+    # Norms give values a third as large. So the probe reaches the limits of an MLP that clamps.
+    probe = 3 * torch.randn(8, 64, hidden_size, device=device, dtype=overlay.dtype)
+    compiled, is_same = {}, {}
+    for module in overlay.body.modules():
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm"):
+            compiled[kind] = compiled.get(kind) or compiled_in_training(kind.forward)
+            fused = types.MethodType(compiled[kind], module)
+            width = module.weight.shape[-1] if hasattr(module, "weight") else hidden_size
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            compiled[kind] = compiled.get(kind) or compiled_in_training(
+                gated_activation(module.act_fn)
+            )
+            fused, width = gated_mlp(module, compiled[kind]), module.gate_proj.in_features
+        else:
+            continue
+        if kind not in is_same:
+            eager, ours = (forward_and_gradient(f, probe[..., :width]) for f in (module, fused))
+            is_same[kind] = max(map(relative_difference, eager, ours)) <= PIECE_TOLERANCE
+        if is_same[kind]:
+            module.forward = fused
+    fuse_rotary(overlay.body, probe)
+    return [kind.__name__ for kind, same in is_same.items() if not same]
+
+
+def fuse_rotary(body: torch.nn.Module, probe: Tensor) -> None:
+    """Compile the model's function for rotary embedding.
+
+    Raises: RuntimeError if the compiled function gives something else. The comparison of whole
+    passes would not show an error of 5 %, because their rounding is larger
+    """
+    modeling, rotary = find_rotary(body)
+    if not rotary or list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return
+    fused = compiled_in_training(rotary)
+    width = getattr(getattr(body.layers[0], "self_attn", None), "head_dim", 64)
+
+    def turn(function: Callable, probe: Tensor) -> Tensor:
+        q, k, cos, sin = probe.split(2)  # (2, 64, width) each
+        return torch.stack(function(q[:, None], k[:, None], cos.detach(), sin.detach()))
+
+    eager, ours = (
+        forward_and_gradient(functools.partial(turn, function), probe[..., :width])
+        for function in (fused.original, fused)
+    )
+    difference = max(map(relative_difference, eager, ours))
+    if difference > PIECE_TOLERANCE:
+        raise RuntimeError(f"fused rotary embedding differs from the eager one by {difference:.2g}")
+    modeling.apply_rotary_pos_emb = fused
+
+
+def forward_and_gradient(forward: Callable, probe: Tensor) -> list[Tensor]:
+    """Return a piece's output for a probe, and the gradient of the output's sum for the probe."""
+    probe = probe.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = forward(probe)
+        return [output.detach(), *torch.autograd.grad(output.sum(), probe)]
+
+
+def relative_difference(wanted: Tensor, found: Tensor) -> float:
+    """Divide the norm of the difference by that of `wanted`; NaN becomes infinity."""
+    norm = torch.linalg.vector_norm
+    difference = norm(found.float() - wanted.float()) / norm(wanted.float()).clamp(min=1e-30)
+    return difference.nan_to_num(nan=math.inf).item()
+
+
+def undo_fusing(overlay: WakeOverlay) -> None:
+    """Put the original pieces back, those of an earlier run in this process too."""
+    for module in overlay.body.modules():
+        if module not in overlay.body.layers:  # a layer's own forward belongs to recompute_layers
+            module.__dict__.pop("forward", None)
+    modeling, rotary = find_rotary(overlay.body)
+    if rotary:
+        modeling.apply_rotary_pos_emb = getattr(rotary, "original", rotary)
+    if overlay.model.config.get_text_config()._attn_implementation == "causal_sdpa":
+        overlay.model.set_attn_implementation("sdpa")
+
+
+def find_rotary(body: torch.nn.Module) -> tuple[types.ModuleType, Callable | None]:
+    """Find the Python module of the model's layers, and its function for rotary embedding.
+
+    Attention looks the function up by name in that module at each call, so it can be replaced.
+    """
+    modeling = sys.modules[type(body.layers[0]).__module__]
+    return modeling, getattr(modeling, "apply_rotary_pos_emb", None)
+
+
+def compiled_in_training(original: Callable) -> Callable:
+    """Wrap `original` so that its compiled form runs if gradients are on, and else itself."""
+    original = getattr(original, "original", original)
+    compiled = torch.compile(original, dynamic=False)
+
+    def call(*arguments, **keywords):
+        function = compiled if torch.is_grad_enabled() else original
+        return function(*arguments, **keywords)
+
+    call.original = original
+    return call
+
+
+def gated_activation(activation: Callable) -> Callable:
+    """Make the elementwise piece of a gated MLP: activation(gate) * up."""
+    return lambda gate, up: activation(gate) * up
+
+
+def gated_mlp(module: torch.nn.Module, gate: Callable) -> Callable:
+    """Make the forward of most gated MLPs: down_proj(gate(gate_proj(h), up_proj(h)))."""
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        gated = gate(module.gate_proj(hidden_states), module.up_proj(hidden_states))
+        return module.down_proj(gated)
+
+    return forward
+
+
+def attend_causally(model: torch.nn.Module) -> None:
+    """Let SDPA use its causal flag instead of a mask tensor.
+
+    Our sequences have no padding, so the result is the same. While a CUDA graph is captured,
+    transformers would otherwise build a dense (T, T) mask and expand keys and values to all query
+    heads (an estimated 32 MiB a layer of the 14B at 16 x 128). Sliding windows need their mask.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    shape = model.config.get_text_config()
+    if shape._attn_implementation == "sdpa" and not getattr(shape, "sliding_window", None):
+        AttentionInterface.register("causal_sdpa", sdpa_attention_forward)  # a name without a mask
+        model.set_attn_implementation("causal_sdpa")
+
+
+def fuse_and_prove(plan: "StepPlan", overlay: WakeOverlay, batch: "StepBatch") -> bool:
+    """Fuse what can be fused, and keep it only if the whole pass gives the same numbers.
+
+    One sequence goes through the eager and the fused body, forward and backward, in the dtype of
+    training. A piece that computes something else, a mask that was needed after all, and a compiler
+    that fails all end here: the pieces are put back and a remark says why.
+    """
+    eager = pass_results(overlay, batch, 1, forward_backward)
+    try:
+        left_eager = fuse_elementwise(overlay)
+        # Only CUDA graphs gain from this. They are for bfloat16, because a float16 pass may have to
+        # be repeated and a graph cannot decide that.
+        if overlay.dtype == torch.bfloat16:
+            attend_causally(overlay.model)
+        check_same(eager, pass_results(overlay, batch, 1, forward_backward))
+    except (RuntimeError, ImportError, TypeError) as error:
+        undo_fusing(overlay)
+        plan.remarks.append(f"not fused: {str(error).strip().splitlines()[0]}")
+        return False
+    plan.remarks.append(" but for ".join(["fused", *left_eager]))
+    return True
+
+
+def pass_results(overlay: WakeOverlay, batch: "StepBatch", size: int, run_pass: Callable) -> list:
+    """Copy the losses and input row gradients of the step's first `size` sequences, in fp32.
+
+    Every second input becomes a new word first, because only the gradients of new words can be
+    compared and a sequence may have no new word.
+    """
+    x = batch.x[:size].clone()
+    inputs = x[:, ::2]  # (size, T / 2 rounded up), a view
+    words = torch.arange(inputs.numel(), device=x.device) % len(overlay.input_rows)
+    inputs.copy_(overlay.first_new_id + words.view_as(inputs))
+    overlay.begin_step(torch.cat([batch.all_ids.flatten(), x.flatten().cpu()]))
+    part = x, batch.y[:size], batch.base_embeds[:size]
+    # Without a loss scale float16 rounds small gradients to nothing: at 16,384 tokens a step two
+    # correct passes differed by 0.2 of the largest gradient.
+    loss_scale = LossScale(FLOAT16_LOSS_SCALE if overlay.dtype == torch.float16 else 1.0)
+    losses = run_pass(overlay, *part, 1.0 / batch.all_ids.numel(), loss_scale)
+    return [losses.clone(), overlay.input_grad.clone()]
+
+
+def check_same(wanted: list[Tensor], found: list[Tensor]) -> None:
+    """Raise a RuntimeError if two passes differ by more than rounding."""
+    difference = max(map(relative_difference, wanted, found))
+    if difference > PASS_TOLERANCE:
+        raise RuntimeError(f"the pass differs from the eager one by {difference:.2g}")
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class GraphedPass:
+    """This is forward_backward for one micro-batch shape, as two CUDA graphs split after the loss.
+
+    A 14B step is 9,000 kernel launches. On an H100 Python takes longer to launch them than the card
+    takes to run them, and a replay launches them all at once. A T4 is 20 times slower, so there the
+    launches do not matter. Memory: what one pass takes stays reserved between steps.
+    """
+
+    def __init__(self, overlay: WakeOverlay, shape: tuple[int, int], scale: float):
+        device, hidden_size = overlay.base_rows.device, overlay.base_rows.shape[1]
+        self.overlay, self.scale = overlay, scale
+        self.embeds = torch.zeros(*shape, hidden_size, device=device, dtype=overlay.dtype)
+        # embeds: (B, T, H); labels: (B, T)
+        self.embeds.requires_grad_()
+        self.labels = torch.zeros(shape, device=device, dtype=torch.int64)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate their workspaces outside the capture
+            for _ in range(2):
+                self.forward()
+                self.backward()
+            del self.hidden_states, self.grad, self.losses, self.d_embeds
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
+        self.to_loss, self.to_inputs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.record(self.to_loss, self.forward)
+        self.record(self.to_inputs, self.backward, self.to_loss.pool())
+
+    def record(self, graph: "torch.cuda.CUDAGraph", work: Callable, pool=None) -> None:
+        """Capture `work`. If memory runs out while capturing, end the capture first and raise
+        afterwards: an exception that leaves torch.cuda.graph early would leave the allocator in
+        capture mode."""
+        failed = None
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                work()
+            except torch.OutOfMemoryError as error:
+                failed = error
+        if failed:
+            raise failed
+
+    def forward(self) -> None:
+        body = self.overlay.body(inputs_embeds=self.embeds, use_cache=False)
+        self.hidden_states = body.last_hidden_state  # (B, T, H)
+        hidden = self.hidden_states.detach()
+        self.losses, self.grad = self.overlay.loss(hidden, self.labels, self.scale)
+
+    def backward(self) -> None:
+        grad = self.grad.to(self.hidden_states.dtype)
+        (self.d_embeds,) = torch.autograd.grad(self.hidden_states, self.embeds, grad)
+
+    def __call__(self, overlay, x, y, base_embeds, scale, loss_scale, after_loss=None) -> Tensor:
+        """Do what forward_backward does; overlay and scale must be those of the capture.
+
+        The losses returned are overwritten by the next call. loss_scale is not used.
+        """
+        with torch.no_grad():
+            self.embeds.copy_(overlay.embed(x, base_embeds))
+        self.labels.copy_(y)
+        self.to_loss.replay()
+        if after_loss:
+            after_loss()
+        self.to_inputs.replay()
+        overlay.add_input_gradient(x, self.d_embeds)
+        return self.losses
+
+
+def capture(plan: "StepPlan", overlay: WakeOverlay, batch: "StepBatch") -> None:
+    """Capture the plan's pass as CUDA graphs, or add a remark that says why not.
+
+    Raises: UserError if an operation breaks off the capture, after which CUDA fails in this process
+    """
+    size, scale = plan.micro_batch_size, 1.0 / batch.all_ids.numel()
+    try:
+        # The eager pass comes first, because it may not fit beside the memory of the graphs.
+        eager = pass_results(overlay, batch, size, forward_backward)
+        free_cached_memory()
+        graph = GraphedPass(overlay, (size, batch.x.shape[1]), scale)
+        plan.captured_peak_bytes = torch.cuda.max_memory_allocated()
+        check_same(eager, pass_results(overlay, batch, size, graph))
+        plan.graph = graph
+        plan.remarks.append("as CUDA graphs")
+    except RuntimeError as error:
+        memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        if not memory and "differs" not in str(error):
+            raise UserError(
+                "the pass cannot become CUDA graphs; start again, in a notebook after a restart of"
+                f" its kernel, with compile: false ({one_line(error.__context__ or error)})"
+            ) from error
+        plan.captured_peak_bytes = 0
+        plan.remarks.append(f"not as CUDA graphs: {'out of memory' if memory else error}")
+    free_cached_memory()
+
+
+# ---- The fastest step that fits ------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """This is one process's share of a step: x, y (B, T) int64, base_embeds (B, T, H) on device.
+
+    all_ids (effective_batch_size, T) are the ids of all processes; sequence_numbers say where in
+    the training text they stand.
+    """
+
+    step: int
+    x: Tensor
+    y: Tensor
+    base_embeds: Tensor
+    all_ids: Tensor
+    sequence_numbers: Tensor
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """This says how a step runs on this machine; the remarks say it in words."""
+
+    micro_batch_size: int
+    num_recomputed_layers: int
+    graph: GraphedPass | None = None
+    remarks: list[str] = dataclasses.field(default_factory=list)
+    captured_peak_bytes: int = 0  # peak of the capture; a replay shows none
+
+
+def fit_to_machine(
+    overlay: WakeOverlay, batches: list[StepBatch], config: Config, worker: Worker
+) -> StepPlan:
+    """Find the largest micro-batch that fits by trying real passes, then let as many layers keep
+    their activations as the memory left over holds.
+
+    batches: those of two steps. Training looks up the base rows of the next step while it works on
+    one step, so both batches must be on the card while peaks are measured.
+    """
+    share, num_layers = len(batches[0].x), len(overlay.body.layers)
+    sizes = divisors(share)[::-1]
+    if config.micro_batch_size != "auto":
+        sizes = [math.gcd(config.micro_batch_size, share)]
+    plan = StepPlan(sizes[0], 0 if config.gradient_checkpointing == "false" else num_layers)
+    if worker.device.type == "cpu":  # a CPU's memory is not the limit, so nothing is measured
+        if overlay.grad.shape[1] <= SMALL_HIDDEN_SIZE:
+            torch.set_num_threads(1)
+        if config.gradient_checkpointing == "auto":
+            plan.num_recomputed_layers = 0
+        recompute_layers(overlay.body, plan.num_recomputed_layers)
+        return plan
+    undo_fusing(overlay)
+    recompute_layers(overlay.body, plan.num_recomputed_layers)
+    use_graph = config.compile != "false" and fuse_and_prove(plan, overlay, batches[0])
+    use_graph = use_graph and worker.dtype == torch.bfloat16
+
+    def measure(size: int, num_recomputed: int) -> int | None:
+        return measure_peak(overlay, batches[0], size, num_recomputed)
+
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    limit = min((config.max_gpu_gib or math.inf) * GIB, free)
+    fixed_layers = config.gradient_checkpointing != "auto"
+    use_graph = choose_plan(plan, sizes, num_layers, measure, limit, use_graph, fixed_layers)
+    recompute_layers(overlay.body, plan.num_recomputed_layers)
+    free_cached_memory()
+    if use_graph:
+        capture(plan, overlay, batches[0])
+    return plan
+
+
+def choose_plan(
+    plan: StepPlan, sizes: list[int], num_layers: int, measure: Callable, limit: float,
+    use_graph: bool, fixed_layers: bool,
+) -> bool:  # fmt: skip
+    """Set the plan's micro-batch and recomputed layers; returns whether graphs fit beside them.
+
+    measure(size, num_recomputed) -> the pass's peak in bytes, or None if it does not fit; sizes:
+    micro-batches to try, largest first; limit: bytes that the program may use
+    Raises: UserError if not even the smallest micro-batch fits
+    """
+    peaks = ((size, measure(size, plan.num_recomputed_layers)) for size in sizes)
+    plan.micro_batch_size, peak = next((pair for pair in peaks if pair[1] is not None), (0, 0))
+    if not plan.micro_batch_size:
+        advice = "lower seq_len" if sizes[-1] == 1 else "set a smaller one, or auto"
+        raise UserError(f"the GPU cannot hold micro_batch_size {sizes[-1]}; {advice}")
+    if use_graph and peak + GRAPH_SPARE_GIB * GIB > limit:
+        use_graph = False
+        plan.remarks.append(f"not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more")
+    limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB
+    if fixed_layers:
+        return use_graph
+    # Four layers show what one layer keeps. Then the number that should fit is tried.
+    probed = min(4, num_layers)
+    more = measure(plan.micro_batch_size, num_layers - probed)
+    layer = max((more - peak) / probed, 0.02 * GIB) if more else limit
+    kept = max(min(int((limit - peak) / layer), num_layers), 0)
+    while kept and (measure(plan.micro_batch_size, num_layers - kept) or limit + 1) > limit:
+        kept -= max(kept // 8, 1)
+    plan.num_recomputed_layers = num_layers - kept
+    return use_graph
+
+
+def measure_peak(
+    overlay: WakeOverlay, batch: StepBatch, size: int, num_recomputed: int
+) -> int | None:
+    """The allocator's peak over a real pass of `size` sequences; None if it does not fit."""
+    recompute_layers(overlay.body, num_recomputed)
+    free_cached_memory()
+    try:
+        pass_results(overlay, batch, size, forward_backward)
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated()
+
+
+def run_step(
+    plan: StepPlan, batch: StepBatch, overlay: WakeOverlay, worker: Worker, loss_scale: LossScale,
+    prepare_next: Callable,
+) -> tuple[Tensor, StepBatch]:  # fmt: skip
+    """Accumulate the step's gradients in the overlay -> (sum of losses, the next step's batch)."""
+    work = functools.partial(accumulate, plan, batch, overlay, worker, loss_scale, prepare_next)
+    return smaller_if_needed(work, plan, overlay, worker, f"step {batch.step}")
+
+
+def accumulate(
+    plan: StepPlan, batch: StepBatch, overlay: WakeOverlay, worker: Worker, loss_scale: LossScale,
+    prepare_next: Callable,
+) -> tuple[Tensor, StepBatch]:  # fmt: skip
+    """Run all micro-batches of this process's share of a step.
+
+    Several processes sum the gradients of the new rows once a step. Those of the output rows go in
+    buckets while the backward of the last micro-batch runs. Those of the input rows follow, for the
+    words in use alone. prepare_next is called before the last backward, while a GPU still works.
+    """
+    overlay.begin_step(batch.all_ids)
+    run_pass, scale = plan.graph or forward_backward, 1.0 / batch.all_ids.numel()
+    total, following, sums = torch.zeros((), device=worker.device), None, []
+
+    def before_last_backward() -> None:
+        nonlocal following
+        if worker.world_size > 1 and overlay.train_output:
+            for bucket in overlay.grad.split(ROW_BLOCK):
+                sums.append(dist.all_reduce(bucket, async_op=True))
+        following = prepare_next()
+
+    for start in range(0, len(batch.x), plan.micro_batch_size):
+        part = slice(start, start + plan.micro_batch_size)
+        inputs = batch.x[part], batch.y[part], batch.base_embeds[part]
+        after_loss = before_last_backward if part.stop >= len(batch.x) else None
+        total += run_pass(overlay, *inputs, scale, loss_scale, after_loss).sum()
+    for handle in sums:
+        handle.wait()
+    all_reduce_sum(worker, overlay.input_grad)
+    return total, following
+
+
+def smaller_if_needed(
+    work: Callable, plan: StepPlan, overlay: WakeOverlay, worker: Worker, what: str
+) -> object:
+    """Call `work` and return its result; if the GPU's memory runs out, shrink the plan and retry.
+
+    what: "step 20", or "the evaluation at step 20", for the line that reports a retry
+    Raises: UserError if nothing can shrink. UserError if there are other processes, because a retry
+            in one process alone would put its sums out of step with theirs
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            size, num_layers = plan.micro_batch_size, len(overlay.body.layers)
+            if worker.world_size > 1:
+                raise UserError(
+                    f"{what}: process {worker.rank} is out of GPU memory with micro_batch_size"
+                    f" {size}; set a smaller one"
+                ) from None
+            if size == 1 and plan.num_recomputed_layers == num_layers and not plan.graph:
+                raise UserError(
+                    f"{what}: out of GPU memory with micro_batch_size 1 and all layers recomputed;"
+                    " what is saved is whole: free the GPU, or start over with --fresh and a lower"
+                    " seq_len"
+                ) from None
+        plan.micro_batch_size = max(size // 2, 1)
+        plan.num_recomputed_layers, plan.graph, plan.captured_peak_bytes = num_layers, None, 0
+        recompute_layers(overlay.body, num_layers)
+        free_cached_memory()
+        worker.say(
+            f"{what}: out of GPU memory; repeated with micro_batch_size {plan.micro_batch_size} and"
+            " all layers recomputed"
+        )
+
+
+def peak_gib(plan: StepPlan, worker: Worker) -> float | None:
+    """Return the most that was on the card so far, in GiB, or None on a CPU."""
+    if worker.device.type == "cpu":
+        return None
+    return max(torch.cuda.max_memory_allocated(), plan.captured_peak_bytes) / GIB
