@@ -96,7 +96,7 @@ def find_worker(config: Config) -> Worker:
     if config.device == "cuda" and not use_cuda:
         raise UserError("device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu")
     device, dtype, why = torch.device("cpu"), torch.float32, "a CPU"
-    if use_cuda:
+    if use_cuda:  # otherwise float32: CPUs have no fast half precision for all operations
         device = choose_gpu(rank, config.max_gpu_gib)
         major, minor = torch.cuda.get_device_capability(device)
         dtype = torch.bfloat16 if major >= 8 else torch.float16
@@ -133,6 +133,7 @@ def join_processes(worker: Worker) -> Worker:
     if worker.world_size == 1:
         return worker
     known = {"rank": worker.rank, "world_size": worker.world_size}
+    # NCCL sums on the cards; gloo is for processes without one.
     backend = "nccl" if worker.device.type == "cuda" else "gloo"
     try:
         if not dist.is_initialized():  # a notebook's second run has its group already
@@ -169,7 +170,7 @@ def all_reduce_sum(worker: Worker, tensor: Tensor) -> None:
 def check_same_run(worker: Worker, facts: dict) -> None:
     """Raise a UserError if this process was started with other facts than process 0."""
     if worker.world_size > 1:
-        everyone = [None] * worker.world_size
+        everyone = [None] * worker.world_size  # all_gather_object fills it, in order of rank
         dist.all_gather_object(everyone, facts, group=worker.group)
         different = [name for name in facts if facts[name] != everyone[0][name]]
         if different:
@@ -197,6 +198,7 @@ def agree(
     """
     # (1 + world_size,): asked to stop; each process's loss scale
     told = torch.zeros(1 + worker.world_size)
+    # Each process fills a place of its own, so the sum is a list of all loss scales.
     told[0], told[1 + worker.rank] = stop_asked, loss_scale.value
     summed = torch.cat([loss_sum[None], told.to(worker.device)])  # (2 + world_size,)
     all_reduce_sum(worker, summed)
@@ -296,7 +298,7 @@ def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     torch keeps pinned memory and gives it out again, so only the first save allocates. Training
     waits for this copy alone: 0.034 s for the 14B's 1.69 GiB (tests/bench/bench_save.py).
     """
-    copies = {}
+    copies = {}  # all copies are started first, and then waited for once
     for name, tensor in tensors.items():
         copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         copies[name].copy_(tensor, non_blocking=True)
@@ -319,7 +321,7 @@ def model_without_weights(config: Config) -> torch.nn.Module:
         shape = AutoConfig.from_pretrained(
             config.model_name, revision=config.model_revision, **trust
         )
-        with torch.device("meta"):
+        with torch.device("meta"):  # 48 layers of the 14B take no memory this way
             return AutoModelForCausalLM.from_config(shape, **trust)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
@@ -356,7 +358,7 @@ def memory_plan(
         "layer inputs": layers * (kept_layer_bytes(shape, tokens, config) if kept else inputs),
         "loss chunk or one layer": max(loss + tokens * hidden * 10, layer),
     }
-    plan["total"] = sum(plan.values())
+    plan["total"] = sum(plan.values())  # all parts are on the card at the peak
     # torch pins a buffer as the next power of two.
     plan["host memory"] = num_sets * 2 ** math.ceil(math.log2(row_set)) + width * table * (not tied)
     return {name: size / GIB for name, size in plan.items()}
@@ -388,6 +390,7 @@ def kept_layer_bytes(shape, tokens: int, config: Config) -> float:
 def dry_run(config: Config, num_new: int) -> None:
     """Print the memory plan, the micro-batch that training would try, and which cards it fits."""
     model, cap = model_without_weights(config), config.max_gpu_gib or 14.0
+    # A micro-batch that does not divide the step would leave a smaller one, and no graph for it.
     sizes = [config.micro_batch_size]
     if config.micro_batch_size == "auto":
         sizes = divisors(config.effective_batch_size)
@@ -429,6 +432,7 @@ def recompute_layers(body: torch.nn.Module, num_layers: int) -> None:
     transformers has a switch of its own, but it recomputes all layers and acts in train mode only.
     It is reentrant by default in transformers 4.57 and not in 5.
     """
+    # An attribute of the layer hides its class's method; taken away, the method is back.
     for number, layer in enumerate(body.layers):
         layer.__dict__.pop("forward", None)  # back to the class's own
         if number < num_layers:
@@ -470,7 +474,7 @@ def fuse_elementwise(overlay: WakeOverlay) -> list[str]:
     hidden_size, device = overlay.base_rows.shape[1], overlay.base_rows.device
     # Norms give values a third as large. So the probe reaches the limits of an MLP that clamps.
     probe = 3 * torch.randn(8, 64, hidden_size, device=device, dtype=overlay.dtype)
-    compiled, is_same = {}, {}
+    compiled, is_same = {}, {}  # by kind: one compiled function, one proof
     for module in overlay.body.modules():
         kind = type(module)
         if kind.__name__.endswith("RMSNorm"):
@@ -551,12 +555,13 @@ def find_rotary(body: torch.nn.Module) -> tuple[types.ModuleType, Callable | Non
 
     Attention looks the function up by name in that module at each call, so it can be replaced.
     """
-    modeling = sys.modules[type(body.layers[0]).__module__]
+    modeling = sys.modules[type(body.layers[0]).__module__]  # such as modeling_qwen2
     return modeling, getattr(modeling, "apply_rotary_pos_emb", None)
 
 
 def compiled_in_training(original: Callable) -> Callable:
     """Wrap `original` so that its compiled form runs if gradients are on, and else itself."""
+    # A function that an earlier run compiled is not compiled a second time.
     original = getattr(original, "original", original)
     compiled = torch.compile(original, dynamic=False)
 
@@ -675,8 +680,10 @@ class GraphedPass:
             del self.hidden_states, self.grad, self.losses, self.d_embeds
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.empty_cache()
+        # Two graphs, so that Python can start other work between them (after_loss).
         self.to_loss, self.to_inputs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.record(self.to_loss, self.forward)
+        # The second graph reads what the first one made, so both share one pool of memory.
         self.record(self.to_inputs, self.backward, self.to_loss.pool())
 
     def record(self, graph: "torch.cuda.CUDAGraph", work: Callable, pool=None) -> None:
@@ -833,7 +840,7 @@ def choose_plan(
     if use_graph and peak + GRAPH_SPARE_GIB * GIB > limit:
         use_graph = False
         plan.remarks.append(f"not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more")
-    limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB
+    limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB  # what stays free
     if fixed_layers:
         return use_graph
     # Four layers show what one layer keeps. Then the number that should fit is tried.
@@ -842,7 +849,7 @@ def choose_plan(
     layer = max((more - peak) / probed, 0.02 * GIB) if more else limit
     kept = max(min(int((limit - peak) / layer), num_layers), 0)
     while kept and (measure(plan.micro_batch_size, num_layers - kept) or limit + 1) > limit:
-        kept -= max(kept // 8, 1)
+        kept -= max(kept // 8, 1)  # each try is a real pass, so few of them
     plan.num_recomputed_layers = num_layers - kept
     return use_graph
 
@@ -896,7 +903,7 @@ def accumulate(
         after_loss = before_last_backward if part.stop >= len(batch.x) else None
         total += run_pass(overlay, *inputs, scale, loss_scale, after_loss).sum()
     for handle in sums:
-        handle.wait()
+        handle.wait()  # for the card's stream, not for Python
     all_reduce_sum(worker, overlay.input_grad)
     return total, following
 
@@ -926,6 +933,7 @@ def smaller_if_needed(
                     " what is saved is whole: free the GPU, or start over with --fresh and a lower"
                     " seq_len"
                 ) from None
+        # The same sequences in smaller parts: the step's result changes by rounding alone.
         plan.micro_batch_size = max(size // 2, 1)
         plan.num_recomputed_layers, plan.graph, plan.captured_peak_bytes = num_layers, None, 0
         recompute_layers(overlay.body, num_layers)

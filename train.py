@@ -125,10 +125,12 @@ def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, st
     shuffled, so the held-out text shares no sequence with the training text. The cut depends on the
     text and val_fraction alone.
     """
+    # The cuts alternate: the end of a training piece, the end of a held-out piece, and so on.
     cuts = [0]
     for part in range(1, parts + 1):
         for position in (part - val_fraction, part):
             wanted = round(len(text) * position / parts)
+            # A line end within a twentieth of a piece is preferred, so that no word is cut.
             line_end = text.find("\n", wanted, wanted + len(text) // (20 * parts) + 1)
             cut = line_end + 1 if line_end >= 0 else wanted
             cuts.append(len(text) if position == parts else cut)
@@ -141,8 +143,10 @@ def load_data(config: Config, words: NewWords, texts: list[str]) -> Data:
 
     Raises: UserError if the training or the held-out text is shorter than one sequence
     """
+    # Each file is split for itself, so that each has its share of the held-out text.
     halves = [split_text(text, config.val_fraction) for text in texts]
     train_text, val_text = ("".join(half) for half in zip(*halves))
+    # No BOS inside the streams: `sequences` puts one before each sequence if the base wants it.
     train = words.tokenizer.encode(train_text, add_special_tokens=False)
     val = words.tokenizer.encode(val_text, add_special_tokens=False)
     for name, stream, change in (
@@ -191,7 +195,9 @@ def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: 
     numbers = []
     for position in range((step - 1) * batch_size, step * batch_size):
         epoch, index = divmod(position, num_sequences)
+        # A step can lie in two epochs, so the order is drawn anew where the next one begins.
         if not numbers or index == 0:
+            # A prime factor keeps (seed, epoch) and (seed + 1, epoch) far apart.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(num_sequences, generator=generator)
         numbers.append(order[index])
@@ -210,7 +216,7 @@ def build_overlay(config: Config, worker: Worker, words: NewWords, continuing: b
     model = load_model(config, worker)
     mode = output_mode(config.output_rows, is_tied(model.config))
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    rows = []
+    rows = []  # (N, H) for the input side and, unless the sides share them, for the output side
     for module in modules[: 1 if mode == "shared" else 2]:
         table = dense_weight(module)[: words.first_new_id]  # (V, H)
         if continuing:
@@ -236,8 +242,10 @@ def prepare_step(
     num_sequences = count_sequences(data.train, config.seq_len)
     numbers = step_sequence_numbers(step, size, num_sequences, config.seed)
     x, y = sequences(data.train, numbers, config.seq_len, data.bos_id)  # (size, seq_len)
+    # Every process knows the whole step, and takes its own part of it.
     first, end = (rank * size // worker.world_size for rank in (worker.rank, worker.rank + 1))
     parts = [x[first:end], y[first:end]]  # this process's share
+    # From pinned memory the copy runs beside the computation.
     if worker.device.type == "cuda":
         parts = [part.pin_memory().to(worker.device, non_blocking=True) for part in parts]
     return StepBatch(step, *parts, overlay.base_embed(x[first:end]), x, numbers)
@@ -245,7 +253,7 @@ def prepare_step(
 
 def learning_rate_at(step: int, config: Config) -> float:
     """Rise linearly to the peak at warmup_ratio x max_steps, then fall as a cosine to 0."""
-    warmup_steps = round(config.warmup_ratio * config.max_steps)
+    warmup_steps = round(config.warmup_ratio * config.max_steps)  # 0 if there is no warm-up
     if step <= warmup_steps:
         return config.learning_rate * step / warmup_steps
     share = (step - warmup_steps) / max(config.max_steps - warmup_steps, 1)
@@ -284,6 +292,7 @@ def held_out_loss(
        val_loss_new_words, val_loss_ordinary: val_loss over one kind of target
     """
     num_sequences = count_sequences(data.val, config.seq_len)
+    # Sums in float64: a book has 100,000 targets, and fp32 would lose their last digits.
     sums = torch.zeros(2, 2, dtype=torch.float64)  # (ordinary, new) targets x (nats, count)
     for numbers in my_micro_batches(num_sequences, micro_batch_size, worker):
         x, y = sequences(data.val, torch.tensor(numbers), config.seq_len, data.bos_id)
@@ -295,6 +304,7 @@ def held_out_loss(
     barrier(worker)
     all_reduce_sum(worker, sums)
     (nats, count), (new_nats, new_count) = sums.tolist()
+    # The first token of the first sequence is only an input, so the text begins where it ends.
     first, end = data.val_ends[0], data.val_ends[num_sequences * config.seq_len]
     num_bytes = len(data.val_text[first:end].encode("utf-8"))
     return {
@@ -343,6 +353,7 @@ def base_sequence(
 
     The text of that sequence's first token is context and no target, as in our own sequences.
     """
+    # middle: where our first token ends. Without a BOS its text is the base model's context.
     middle, context = ends[first], ""
     if data.bos_id is None:
         context = data.val_text[ends[first - 1] if first else 0 : middle]
@@ -395,6 +406,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
 
     trained = [record for record in records if record["kind"] == "train"]
     evaluated = [record for record in records if record["kind"] == "eval"]
+    # Two panels: nats depend on the vocabulary, bits per byte do not.
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
     held_out = {"label": "held-out", "color": "tab:orange", "marker": "."}
@@ -411,6 +423,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
     right.set(xlabel="step", ylabel="bits per byte of held-out text")
     right.set_title("Against the base model")
     for axes in (left, right):
+        # From zero, so that a small gain does not look large.
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -443,6 +456,7 @@ class Records:
 
     def add(self, record: dict) -> None:
         self.lines.append(json.dumps(record) + "\n")
+        # Appended line by line: after a kill all but the last line is there.
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(self.lines[-1])
         if self.board:
@@ -604,6 +618,7 @@ def start_over(config: Config) -> None:
     """Move all that is in RUN_DIR and in sentry_dir into old-1/, old-2/ ... there, for --fresh."""
     for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
         paths = list(folder.iterdir()) if folder.is_dir() else []
+        # Moved and not deleted: --fresh by mistake costs nothing.
         aside = folder / f"old-{1 + sum(path.name.startswith('old-') for path in paths)}"
         for path in paths:
             if not path.name.startswith("old-") and path.name != ".lock":
@@ -615,6 +630,7 @@ def find_sentry(config: Config, identity: dict, worker: Worker, step: int | None
     """Find the save to continue from and announce it; process 0 puts every newer one aside."""
     folders = save_folders(config)
     wait = f"still waiting for {folders[1]}: the newest sentry may be there, so nothing starts yet"
+    # Reading a mounted Drive can hang for minutes, and a silent start looks like a crash.
     slow = threading.Timer(SLOW_START_NOTICE_SECONDS, worker.say, [wait])
     slow.daemon = True
     slow.start()
@@ -664,6 +680,7 @@ def open_records(config: Config, sentry: Sentry | None, worker: Worker):
     """Open the records as they were at the save, and a writer of saves, for process 0 alone."""
     if worker.rank > 0:
         return None, None
+    # The save has its own copy of the records, so lines of steps that are redone do not double.
     metrics, samples = (
         (sentry.path / name).read_text(encoding="utf-8") if sentry else ""
         for name in ("metrics.jsonl", "samples.md")
@@ -761,6 +778,7 @@ class Run:
             )
         if record["val_bits_per_byte"] > base:
             record["warnings"].append(f"above the unextended base model's {base:.3f} bits/byte")
+        # These two are only for the messages; nothing in training depends on them.
         self.best_val_loss = min(self.best_val_loss, record["val_loss"])
         self.val_bits_per_byte = record["val_bits_per_byte"]
         if self.records:
@@ -779,6 +797,7 @@ class StopRequest:
         self.name, self.old = "", {}
 
     def __enter__(self):
+        # SIGTERM is what a scheduler sends, SIGINT what Ctrl-C and the stop button send.
         for number in (signal.SIGTERM, signal.SIGINT):
             self.old[number] = signal.signal(number, self.note)
         return self
@@ -791,7 +810,7 @@ class StopRequest:
         self.name = signal.Signals(number).name
         line = f"\n{self.name}: stopping after this step, saved; once more ends at once\n"
         os.write(2, line.encode())  # a signal can come in the middle of a print
-        self.__exit__()
+        self.__exit__()  # a second signal meets the handlers from before, and ends at once
 
 
 def build_run(config: Config, worker: Worker, start: Start) -> Run:
@@ -865,11 +884,12 @@ def train_steps(run: Run, stop: StopRequest, progress: Progress) -> None:
         )
         loss = loss_sum / tokens_per_step
         check_finite(step, loss, norm, batch)  # before anything is changed
+        # As torch.nn.utils.clip_grad_norm_, but the factor goes into the update: no extra pass.
         clip = min(1.0, config.max_grad_norm / (norm + 1e-6))
         learning_rate = learning_rate_at(step, config)
         optimizer.update(run.optimizer_step + 1, learning_rate, clip)
         if worker.dtype == torch.float16:
-            run.loss_scale.step_done()
+            run.loss_scale.step_done()  # 200 steps without an overflow double it
         run.step, run.optimizer_step, batch = step, run.optimizer_step + 1, following
         record = run.log(loss, norm, learning_rate, time.perf_counter() - began)
         progress.step(step, step_line(record, run))
