@@ -257,7 +257,8 @@ for quantized in ("neither", "is_loaded_in_8bit", "is_loaded_in_4bit"):
     prepare("cpu", quantized)
     assert bool(asked) == (quantized != "neither")
 """
-    assert output(site, code, real=True) == f"env_shim: {CPU_LAYERS}\n"
+    # On transformers 5.0 to 5.3 another patch says its line first.
+    assert output(site, code, real=True).splitlines()[-1] == f"env_shim: {CPU_LAYERS}"
 
 
 # ---- 4-bit weights on a CPU ----------------------------------------------------------------------
