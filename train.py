@@ -197,7 +197,7 @@ def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: 
         epoch, index = divmod(position, num_sequences)
         # A step can lie in two epochs, so the order is drawn anew where the next one begins.
         if not numbers or index == 0:
-            # A prime factor keeps (seed, epoch) and (seed + 1, epoch) far apart.
+            # Up to a million epochs, no two pairs of seed and epoch share a generator.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(num_sequences, generator=generator)
         numbers.append(order[index])
@@ -281,6 +281,15 @@ def my_micro_batches(num_sequences: int, micro_batch_size: int, worker: Worker) 
         yield range(start, min(start + micro_batch_size, end))
 
 
+def count_held_out_bytes(data: Data, seq_len: int) -> int:
+    """Count the UTF-8 bytes of the text that the held-out targets stand for.
+
+    The first token of the first sequence is only an input, so the text begins where it ends.
+    """
+    end = data.val_ends[count_sequences(data.val, seq_len) * seq_len]
+    return len(data.val_text[data.val_ends[0] : end].encode("utf-8"))
+
+
 @torch.no_grad()
 def held_out_loss(
     overlay: WakeOverlay, data: Data, config: Config, worker: Worker, micro_batch_size: int
@@ -304,9 +313,7 @@ def held_out_loss(
     barrier(worker)
     all_reduce_sum(worker, sums)
     (nats, count), (new_nats, new_count) = sums.tolist()
-    # The first token of the first sequence is only an input, so the text begins where it ends.
-    first, end = data.val_ends[0], data.val_ends[num_sequences * config.seq_len]
-    num_bytes = len(data.val_text[first:end].encode("utf-8"))
+    num_bytes = count_held_out_bytes(data, config.seq_len)
     return {
         "val_loss": (new_nats + nats) / (new_count + count),
         "val_bits_per_byte": (new_nats + nats) / math.log(2) / num_bytes,
@@ -342,8 +349,7 @@ def base_bits_per_byte(
     total = total.to(worker.device)
     barrier(worker)
     all_reduce_sum(worker, total)
-    text = data.val_text[ends[0] : ends[num_sequences * seq_len]]
-    return total.item() / math.log(2) / len(text.encode("utf-8"))
+    return total.item() / math.log(2) / count_held_out_bytes(data, seq_len)
 
 
 def base_sequence(
