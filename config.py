@@ -89,10 +89,18 @@ class Config:
         changes_run=False, low=1)
     lexicon_min_base_tokens: int = setting(3, "from_corpus: least base tokens that spell a word",
         changes_run=False, low=2)
+    lexicon_skip_capitalized: bool = setting(False, "from_corpus: leave out words that begin with a"
+        " capital, as names do", changes_run=False)
+    lexicon_exclude: str | None = setting(None, "from_corpus: file of words to leave out, one a"
+        " line", changes_run=False)
+    known_words: str = setting("one_token", "which lexicon words get no row: what the base spells"
+        " with one token in a sentence, or entries of its vocabulary",
+        before="exact_string", choices=("one_token", "exact_string"))
     corpus: tuple[str, ...] = setting((), "UTF-8 text file, or a list of them",
         changes_run=False, required=True)
-    token_matching: str = setting("spaced", "how a new token matches: with its leading space, as a"
-        " whole word, or anywhere", choices=("spaced", "bare", "plain"))
+    token_matching: str = setting("both", "how new tokens match: with the space before them, and"
+        " without where the corpus needs it; with the space alone; as a whole word; anywhere",
+        before="spaced", choices=("both", "spaced", "bare", "plain"))
     init: str = setting("subtoken_mean", "new rows start as the mean of the word's sub-token rows,"
         " or as random directions", choices=("subtoken_mean", "spherical"))
     init_radius: float = setting(1.5, "spherical: row norm / (base std * sqrt(hidden))", above=0.0)
@@ -118,13 +126,16 @@ class Config:
     log_every: int = setting(10, "steps between lines", changes_run=False, low=1)
     eval_every: int = setting(50, "steps between evaluations", changes_run=False, low=1)
     save_every: int = setting(20, "steps between saves (sentries)", changes_run=False, low=1)
-    keep_sentries: int = setting(3, "newest saves kept in each folder", changes_run=False, low=1)
+    keep_sentries: int = setting(3, "newest saves kept in each folder, beside the one with the"
+        " lowest held-out loss", changes_run=False, low=1)
     val_fraction: float = setting(0.1, "share of the corpus held out", above=0.0, high=0.5)
     seed: int = setting(42, "data order, random rows, samples", low=0, high=10**9)
     run_dir: str = setting("", "local run folder", changes_run=False, required=True)
     sentry_dir: str | None = setting(None, "durable folder of this run alone, a mounted Drive;"
         " null: RUN_DIR/sentries", changes_run=False)
     max_gpu_gib: float | None = setting(None, "cap on GPU memory", changes_run=False, above=0.0)
+    max_host_gib: float | None = setting(None, "cap on host memory for activations that wait there;"
+        " 0: none", changes_run=False, low=0.0)
     prompts: tuple[str, ...] = setting((), "texts continued at each evaluation", changes_run=False)
     tensorboard: bool = setting(False, "write RUN_DIR/tensorboard, if installed", changes_run=False)
     # fmt: on
@@ -230,13 +241,14 @@ def yaml_pairs(path: str | Path) -> list[tuple]:
     return yaml.BaseLoader("").construct_pairs(root, deep=True)
 
 
-def load_config(path: str | Path, *overrides: str) -> Config:
-    """Read the settings in a flat YAML file and put `key=value` overrides over them.
+def load_config(source: str | Path | Config, *overrides: str) -> Config:
+    """Read the settings in a flat YAML file, or of a Config, and put `key=value` over them.
 
     Raises: UserError listing every unknown, repeated, missing or mistyped key at once.
     """
-    values, problems = {}, []
-    for name, value in yaml_pairs(path):
+    values, problems, overridden = {}, [], set()
+    is_config = isinstance(source, Config)
+    for name, value in vars(source).items() if is_config else yaml_pairs(source):
         if name not in KEYS:
             problems.append(f"unknown key {name!r}, {nearest_key(str(name))}")
         elif name in values:
@@ -249,7 +261,10 @@ def load_config(path: str | Path, *overrides: str) -> Config:
             problems.append(f"command line: {override!r} is no override; write key=value")
         elif name not in KEYS:
             problems.append(f"command line: unknown key {name!r}, {nearest_key(name)}")
+        elif name in overridden:
+            problems.append(f"command line: {name!r} is given twice; keep one")
         if name in KEYS:
+            overridden.add(name)
             values[name] = value
             if value.startswith("["):
                 with contextlib.suppress(yaml.YAMLError):  # what is no YAML list is a text
@@ -259,7 +274,8 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     except UserError as error:
         problems += error.problems
     if problems:
-        raise UserError(*(f"{path}: {problem}" for problem in problems))
+        where = "Config" if is_config else source
+        raise UserError(*(f"{where}: {problem}" for problem in problems))
     return config
 
 
@@ -294,9 +310,17 @@ def command_line_parser(example: str) -> argparse.ArgumentParser:
         epilog="\n".join(["keys of CONFIG, with defaults ('-': must be given):", *rows]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override the YAML")
     return parser
+
+
+def parse_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments after the script's name; without a CONFIG the error says what to do."""
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None:
+        parser.error(f"give a CONFIG, a YAML file with the settings. {parser.description}")
+    return arguments
 
 
 def run_command(command, *arguments, **options) -> int:
@@ -392,3 +416,7 @@ def write_json(path: str | Path, value) -> None:
 def read_json(path: str | Path):
     """Read a UTF-8 file of JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    print(__doc__)

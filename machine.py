@@ -5,11 +5,11 @@
     loss_sum, following = run_step(plan, batch, overlay, worker, loss_scale, prepare_next)
 
 overlay.py says what a step computes. This file says how: in which micro-batches, with which layers
-recomputed in backward, with which pieces fused, as CUDA graphs or not, on one GPU or several. None
-of these choices changes the result beyond rounding. What replaces a piece of the model is proved on
-the model itself before it is used. On an H100 of which 14 GiB are used, a 14B step of 2,048 tokens
-takes 0.34 s this way, 0.43 s without fused pieces and graphs, and 5.8 s or more if one sequence at
-a time goes through the model (2026-11-22, docs/measurements.md).
+recomputed in backward or parked on the host, with which pieces fused, as CUDA graphs or not, on one
+GPU or several. None of these choices changes the result beyond rounding. What replaces a piece of
+the model is proved on the model itself before it is used. On an H100 of which 14 GiB are used, a
+14B step of 2,048 tokens takes 0.34 s this way, 0.43 s without fused pieces and graphs, and 5.8 s or
+more if one sequence at a time goes through the model (2026-11-22, docs/measurements.md).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ if "UserError" not in globals():
 if "WakeOverlay" not in globals():
     from overlay import (
         FLOAT16_LOSS_SCALE, LOSS_CHUNK_POSITIONS, LOSS_GROUP_POSITIONS, ROW_BLOCK, LossScale,
-        WakeOverlay, forward_backward, is_tied, output_mode,
+        WakeOverlay, check_model, find_body, forward_backward, is_tied, output_mode,
     )  # fmt: skip
 
 # GiB that stay free beside a pass, for what an evaluation and the allocator need. A pass captured
@@ -48,6 +48,10 @@ SPARE_GIB, GRAPH_SPARE_GIB = 0.5, 1.2
 # to 1,200 short parallel sections, whose threads wait for each other: beside two other programs a
 # step took 1.6 to 7.4 s on two threads and 0.3 to 0.5 s on one; alone, 0.16 and 0.20 s.
 SMALL_HIDDEN_SIZE = 256
+# Activations that wait on the host: tensors below PARKED_BYTES stay on the card. Memory is pinned
+# PINNED_BLOCK bytes at a time, because torch pins powers of two. HOST_SPARE_GIB stay free, so that
+# the host never swaps. Copies to the host may be COPIES_BEHIND layers behind the computation.
+PARKED_BYTES, PINNED_BLOCK, HOST_SPARE_GIB, COPIES_BEHIND = 2**20, 2**30, 2.0, 3
 # A process that does not reach a step's sum within this time is taken for dead.
 STEP_TIMEOUT = datetime.timedelta(minutes=3)
 # The others wait at most this long for a process that downloads the model or has a slow disk.
@@ -242,16 +246,62 @@ def known_errors_in_one_line(run_dir: str, worker: Worker):
 # ---- The base model ------------------------------------------------------------------------------
 
 
+def read_model_config(config: Config):
+    """Read the base model's config.json, as transformers has it.
+
+    Raises: UserError with the library's reason in one line; UserError for a model that is stored in
+            another quantization than the NF4 that the config asks for
+    """
+    from transformers import AutoConfig
+
+    trust = {"trust_remote_code": config.trust_remote_code}
+    try:
+        shape = AutoConfig.from_pretrained(
+            config.model_name, revision=config.model_revision, **trust
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+    stored = getattr(shape, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if config.quantization == "nf4" and method not in (None, "bitsandbytes"):
+        raise UserError(
+            f"quantization: {config.model_name} is stored quantized ({method}) and cannot become"
+            " nf4; give none, or a model_name that is stored in 16 bits"
+        )
+    return shape
+
+
+def auto_class(config: Config) -> type:
+    """Choose transformers' class for the base model; some text models come with a picture part."""
+    import transformers
+
+    shape = type(read_model_config(config))
+    wrapped = shape in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if wrapped and shape not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def hide_bars_in_logs() -> None:
+    """Switch transformers' progress bars off where nobody sees them move."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
 def load_model(config: Config, worker: Worker):
     """Load the base model frozen; `quantization: nf4` turns all linear layers but lm_head to NF4.
+
+    The experts of a mixture are one 3-D parameter a layer in transformers 5, and no linear layer.
+    bitsandbytes leaves them in 16 bits, and a line says so.
 
     Memory: the model's, plus one tensor in 16 bits while it is quantized
             (tests/bench/measure_load.py)
     Raises: UserError with the library's reason in one line
     """
     from accelerate.hooks import remove_hook_from_submodules
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import BitsAndBytesConfig
 
     settings = {
         "revision": config.model_revision,
@@ -264,17 +314,26 @@ def load_model(config: Config, worker: Worker):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=worker.dtype,
         )  # fmt: skip
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    auto = auto_class(config)
+    hide_bars_in_logs()
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model_name, **settings)
+        model = auto.from_pretrained(config.model_name, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
     # accelerate's hooks would carry the input table to the card at each use.
     remove_hook_from_submodules(model)
     model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
     keep_cpu_weights_plain(model)
+    if config.quantization == "nf4" and (left := num_expert_weights(model)):
+        gib = left * worker.dtype.itemsize / GIB
+        worker.say(f"not in 4 bits: {left:,} weights of experts, {gib:.2f} GiB")
     return model.eval()
+
+
+def num_expert_weights(model: torch.nn.Module) -> int:
+    """Count the weights of experts that are one 3-D parameter, which stay in 16 bits under nf4."""
+    found = [p for p in find_body(model)[1].parameters() if p.dim() == 3 and p.is_floating_point()]
+    return sum(p.numel() for p in found if min(p.shape[1:]) > 16)  # convolutions are narrower
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -314,15 +373,11 @@ def bytes_per_value(config: Config) -> int:
 
 def model_without_weights(config: Config) -> torch.nn.Module:
     """Make the base model on the meta device: it has every shape and no data. Raises: UserError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trust = {"trust_remote_code": config.trust_remote_code}
+    shape, auto = read_model_config(config), auto_class(config)
+    vars(shape).pop("quantization_config", None)  # no quantizer is asked for shapes
     try:
-        shape = AutoConfig.from_pretrained(
-            config.model_name, revision=config.model_revision, **trust
-        )
         with torch.device("meta"):  # 48 layers of the 14B take no memory this way
-            return AutoModelForCausalLM.from_config(shape, **trust)
+            return auto.from_config(shape, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
 
@@ -337,59 +392,90 @@ def memory_plan(
     model: a model without weights, whose shapes are counted. Activations are counted as those of
     decoder layers with a gated MLP, all recomputed unless gradient_checkpointing is false.
     """
-    shape, width = model.config.get_text_config(), bytes_per_value(config)
-    tied, hidden, layers = is_tied(model.config), shape.hidden_size, shape.num_hidden_layers
-    table = model.get_input_embeddings().weight.numel()
+    width, inner, layers = bytes_per_value(config), layer_width(model), find_body(model)[1]
+    table, tied = model.get_input_embeddings().weight, is_tied(model)
+    vocab_size, hidden = table.shape
     tokens = micro_batch_size * config.seq_len
     step_tokens = config.effective_batch_size * config.seq_len
     row_set, inputs = 4 * num_new * hidden, tokens * hidden * width
     num_sets = 1 if output_mode(config.output_rows, tied) == "shared" else 2
     loss = min(tokens, LOSS_GROUP_POSITIONS) * num_new * 4
-    loss += min(tokens, LOSS_CHUNK_POSITIONS) * shape.vocab_size * 6
-    layer = tokens * width * (4.5 * shape.intermediate_size + 2 * hidden)
-    layer += 2 * width * hidden * shape.intermediate_size  # one layer's weights, dequantized
+    loss += min(tokens, LOSS_CHUNK_POSITIONS) * vocab_size * 6
+    layer = tokens * width * (4.5 * inner + 2 * hidden)
+    layer += 2 * width * hidden * inner  # one layer's weights, dequantized
     kept = config.gradient_checkpointing == "false"
     plan = {
         "body": body_bytes(model, config),
-        "base head rows": width * table,
+        "base head rows": width * table.numel(),
         "new rows": row_set * num_sets,
         "gradients": row_set + 4 * min(step_tokens, num_new) * hidden,
         "base rows of two steps": 2 * step_tokens * hidden * width,
-        "layer inputs": layers * (kept_layer_bytes(shape, tokens, config) if kept else inputs),
+        "layer inputs": len(layers) * (kept_layer_bytes(model, tokens, config) if kept else inputs),
         "loss chunk or one layer": max(loss + tokens * hidden * 10, layer),
     }
     plan["total"] = sum(plan.values())  # all parts are on the card at the peak
     # torch pins a buffer as the next power of two.
-    plan["host memory"] = num_sets * 2 ** math.ceil(math.log2(row_set)) + width * table * (not tied)
+    plan["host memory"] = num_sets * 2 ** math.ceil(math.log2(row_set))
+    plan["host memory"] += width * table.numel() * (not tied)
     return {name: size / GIB for name, size in plan.items()}
 
 
 def body_bytes(model: torch.nn.Module, config: Config) -> float:
-    """Count the bytes of the body's weights: linear layers in NF4 if the config asks for it."""
-    linear = [m.weight for m in model.base_model.modules() if type(m).__name__ == "Linear"]
-    num_linear = sum(weight.numel() for weight in linear)
-    table = model.get_input_embeddings().weight.numel()
-    others = sum(p.numel() for p in model.base_model.parameters()) - table - num_linear
-    width = bytes_per_value(config)
+    """Count the bytes of all weights but the two tables: linear layers in NF4 if the config asks
+    for it, and all others in the compute dtype."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(embedding.weight), id(head.weight)}
+    linear = {
+        id(module.weight) for module in model.modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+    }  # fmt: skip
+    width, num_bytes = bytes_per_value(config), 0.0
     # NF4: 4 bits a weight, one byte of scale for 64 weights, and 4 bytes for 256 of these scales.
     nf4_bytes = 0.5 + 1 / 64 + 4 / 64 / 256
-    return num_linear * (nf4_bytes if config.quantization == "nf4" else width) + others * width
+    for weight in model.parameters():  # each once, even if it has two places
+        if id(weight) not in tables:
+            in_4_bits = id(weight) in linear and config.quantization == "nf4"
+            num_bytes += weight.numel() * (nf4_bytes if in_4_bits else width)
+    return num_bytes
 
 
-def kept_layer_bytes(shape, tokens: int, config: Config) -> float:
+def layer_width(model: torch.nn.Module) -> int:
+    """Find how many values a layer makes of one token at its widest place, mostly in its MLP.
+
+    Of a mixture's experts, num_experts_per_tok work on a token. Gate and up projection are two
+    places, even if they are one matrix.
+    """
+    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    widths = [1]
+    for name, module in find_body(model)[1].named_modules():
+        for of_module, weight in module.named_parameters(recurse=False):
+            shape = weight.shape
+            if hasattr(module, "in_features"):  # a 4-bit weight is packed into another shape
+                shape = module.out_features, module.in_features
+            if len(shape) in (2, 3):
+                fused = 2 if "gate_up" in name + of_module else 1
+                widths.append(max(shape[-2:]) // fused * (active if len(shape) == 3 else 1))
+    return max(widths)
+
+
+def kept_layer_bytes(model: torch.nn.Module, tokens: int, config: Config) -> float:
     """Estimate what a layer that is not recomputed keeps for backward, its input included.
 
     A 14B layer keeps 0.29 GiB at 16 x 128 tokens in eager mode, and 0.20 GiB with fused pieces
     (measured on an H100).
     """
-    inner, hidden = shape.intermediate_size, shape.hidden_size
+    inner, hidden = layer_width(model), model.get_input_embeddings().weight.shape[1]
     values = 4 * inner + 3.8 * hidden if config.compile == "false" else 2 * inner + 4.7 * hidden
     return tokens * bytes_per_value(config) * values
 
 
-def dry_run(config: Config, num_new: int) -> None:
-    """Print the memory plan, the micro-batch that training would try, and which cards it fits."""
+def dry_run(config: Config, first_new_id: int, num_new: int) -> None:
+    """Print the memory plan, the micro-batch that training would try, and which cards it fits.
+
+    Raises: UserError for a model whose parts training would refuse
+    """
     model, cap = model_without_weights(config), config.max_gpu_gib or 14.0
+    _, layers = check_model(model, first_new_id)
     # A micro-batch that does not divide the step would leave a smaller one, and no graph for it.
     sizes = [config.micro_batch_size]
     if config.micro_batch_size == "auto":
@@ -398,45 +484,60 @@ def dry_run(config: Config, num_new: int) -> None:
     micro = max((size for size in sizes if plans[size]["total"] <= cap), default=min(sizes))
     margin = cap - plans[micro]["total"]
     for name, gib in plans[micro].items():
-        print(f"{name:26} {gib:8.2f} GiB")
+        digits = 2 if gib >= 0.005 else 6  # the rows of a small model are not 0.00
+        print(f"{name:26} {gib:8.{digits}f} GiB")
         if name == "total":
             print(f"{'margin':26} {margin:8.2f} GiB under {cap:g}")
+    if config.quantization == "nf4" and (left := num_expert_weights(model)):
+        gib = left * bytes_per_value(config) / GIB
+        print(f"not in 4 bits: {left:,} weights of experts, {gib:.2f} GiB of the body")
     accumulation = config.effective_batch_size // micro
     print(f"micro_batch_size {micro} x {accumulation}, seq_len {config.seq_len}")
-    shape = model.config.get_text_config()
+    hidden = model.get_input_embeddings().weight.shape[1]
     if config.gradient_checkpointing == "auto":
-        inputs = micro * config.seq_len * shape.hidden_size * bytes_per_value(config)
-        layer = (kept_layer_bytes(shape, micro * config.seq_len, config) - inputs) / GIB
+        inputs = micro * config.seq_len * hidden * bytes_per_value(config)
+        layer = (kept_layer_bytes(model, micro * config.seq_len, config) - inputs) / GIB
         spare = SPARE_GIB if config.compile == "false" else GRAPH_SPARE_GIB
-        kept = max(min(int((margin - spare) / layer), shape.num_hidden_layers), 0)
-        peak = plans[micro]["total"] + kept * layer
+        kept = max(min(int((margin - spare) / layer), len(layers)), 0)
         print(
-            f"about {kept} of {shape.num_hidden_layers} layers can keep their activations: peak"
-            f" {peak:.2f} GiB"
+            f"about {kept} of {len(layers)} layers can keep their activations: peak"
+            f" {plans[micro]['total'] + kept * layer:.2f} GiB"
         )
-    size = plans[micro]["new rows"] * GIB * (1 + 1 / shape.hidden_size)
-    print(f"bytes per sentry {round(size):,}")
+    print(f"bytes per sentry {round(plans[micro]['new rows'] * GIB * (1 + 1 / hidden)):,}")
     for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
         fits = [size for size in sizes if plans[size]["total"] <= usable]
         print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
 
 
-# ---- Recomputing layers --------------------------------------------------------------------------
+# ---- Recomputing and parking layers --------------------------------------------------------------
 
 
-def recompute_layers(body: torch.nn.Module, num_layers: int) -> None:
-    """Have the first num_layers of body.layers compute their activations again in backward.
+def recompute_layers(
+    layers: torch.nn.ModuleList, num_layers: int, parking: "Parking | None" = None
+) -> None:
+    """Have the first num_layers compute their activations again in backward.
 
-    The last layers keep theirs, because backward comes to them first and frees them first. A
-    recomputed layer keeps only its input: of the 14B at 16 x 128 tokens 20 MiB instead of 0.20 GiB.
-    transformers has a switch of its own, but it recomputes all layers and acts in train mode only.
-    It is reentrant by default in transformers 4.57 and not in 5.
+    A recomputed layer keeps only its input: of the 14B at 16 x 128 tokens 20 MiB instead of 0.19
+    GiB. With a `parking` these inputs wait on the host, and so do all activations of as many of the
+    layers as it can take, which are then not recomputed. The two kinds are mixed evenly, so that
+    the bus has the time of both. The last layers keep theirs, because backward comes to them first
+    and frees them first. transformers has a switch of its own, but it recomputes all layers and
+    acts in train mode only. It is reentrant by default in transformers 4.57 and not in 5.
     """
-    # An attribute of the layer hides its class's method; taken away, the method is back.
-    for number, layer in enumerate(body.layers):
-        layer.__dict__.pop("forward", None)  # back to the class's own
-        if number < num_layers:
+    num_parked = parking.takes(num_layers) if parking else 0
+    # An attribute of a module hides its class's method; taken away, the method is back.
+    for number, layer in enumerate(layers):
+        linears = [part for part in layer.modules() if type(part).__name__ == "Linear4bit"]
+        for module in (layer, *linears):
+            module.__dict__.pop("forward", None)
+        if number < num_layers and number * num_parked % num_layers >= num_parked:
             layer.forward = recomputing(layer.forward)
+            for module in linears[:-1]:  # nothing needs the product with the last one again
+                module.forward = functools.partial(linear_dequantized_once, module)
+        if number < num_layers and parking:
+            layer.forward = parking.park(layer.forward, begins_pass=number == 0)
+    if num_layers and parking:
+        layers[-1].forward = parking.end_forward(layers[-1].forward)
 
 
 def recomputing(forward: Callable) -> Callable:
@@ -452,6 +553,157 @@ def recomputing(forward: Callable) -> Callable:
         )  # fmt: skip
 
     return call
+
+
+def linear_dequantized_once(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Do what an NF4 layer does; in a recomputed layer backward finds the dequantized matrix."""
+    if not torch.is_grad_enabled() or x.dtype != module.compute_dtype:
+        return type(module).forward(module, x)
+    return DequantizedOnce.apply(x, module)
+
+
+class DequantizedOnce(torch.autograd.Function):
+    """This is x @ W.T + bias for an NF4 matrix W.
+
+    bitsandbytes dequantizes W for the forward pass, for the recomputed one and for backward. Here
+    autograd keeps what the forward pass made, and `checkpoint` drops that until it is recomputed.
+    So a layer's matrices are made twice, and take 0.4 GiB of the 14B while one layer is at work.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: torch.nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        matrix = dequantize_4bit(module.weight, module.weight.quant_state).to(x.dtype)  # (out, in)
+        ctx.save_for_backward(matrix)
+        return torch.nn.functional.linear(x, matrix, module.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.saved_tensors[0], None
+
+
+class Parking:
+    """This carries activations of some layers to the host in forward, and back in backward.
+
+    Copies run on a stream of their own, beside the computation. It waits for a layer's copies when
+    COPIES_BEHIND more layers are done; then the activations leave the card. In backward a layer's
+    activations come back while the layer above is at work. CUDA graphs can hold all of it: host
+    memory has its place from the first pass on, and between forward and backward nothing is on its
+    way. Autograd gets the same bits back.
+    """
+
+    def __init__(self, body: torch.nn.Module, sizes: tuple[float, float, float, float]):
+        """sizes in bytes: a layer's activations; its input; what the bus carries while a layer
+        computes; room on the host"""
+        self.sizes, self.stream, self.blocks = sizes, torch.cuda.Stream(), []
+        self.weights = {weight.untyped_storage().data_ptr() for weight in body.parameters()}
+
+    def takes(self, count: int) -> int:
+        """Say how many of `count` layers can be parked, if the inputs of the others wait too."""
+        layer, inputs, carried, room = self.sizes
+        # A tenth of the room may be lost at the ends of blocks.
+        room = room // PINNED_BLOCK * PINNED_BLOCK * 0.9
+        left = min(count * carried, room) - count * inputs
+        return max(min(int(left / (layer - inputs)), count), 0)
+
+    def park(self, forward: Callable, begins_pass: bool) -> Callable:
+        """Wrap the forward of a layer that parks its activations."""
+
+        def call(*arguments, **keywords):
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **keywords)
+            if begins_pass:
+                self.layers, self.events, self.used = [], [], 0
+            self.layers.append([])
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+                output = forward(*arguments, **keywords)
+            self.carry_out()
+            return output
+
+        return call
+
+    def pack(self, tensor: Tensor) -> object:
+        """Give autograd a note in the place of a tensor that it wants to save."""
+        # With its grad_fn the tensor would hold itself through autograd, if a pass breaks off.
+        tensor = tensor.detach()
+        host = self.host_memory(tensor)
+        if host is None:
+            return tensor
+        note = types.SimpleNamespace(
+            layer=len(self.layers) - 1, host=host, card=tensor.as_strided(host.shape, (1,)),
+            shape=(tensor.shape, tensor.stride()),
+        )  # fmt: skip
+        self.layers[-1].append(note)
+        return note
+
+    def host_memory(self, tensor: Tensor) -> Tensor | None:
+        """Find a place for a large activation without gaps; None for others and without room."""
+        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
+        is_weight = tensor.untyped_storage().data_ptr() in self.weights
+        if tensor.nbytes < PARKED_BYTES or reach != tensor.numel() or is_weight:
+            return None
+        left = -self.used % PINNED_BLOCK
+        self.used += left if left < tensor.nbytes else 0
+        number, start = divmod(self.used, PINNED_BLOCK)
+        if number == len(self.blocks):
+            if (number + 1) * PINNED_BLOCK > self.sizes[-1]:
+                return None
+            self.blocks.append(torch.empty(PINNED_BLOCK, dtype=torch.uint8, pin_memory=True))
+        self.used += tensor.nbytes + -tensor.nbytes % 512  # a place for any dtype
+        return self.blocks[number][start : start + tensor.nbytes].view(tensor.dtype)
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "torch.cuda.Event":
+        """Begin to copy the second of each pair to the first -> an event at the end of that."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+    def carry_out(self) -> None:
+        """Begin to copy the activations of the layer that is done, and free those of another."""
+        self.events.append(self.copy([(note.host, note.card) for note in self.layers[-1]]))
+        if len(self.layers) > COPIES_BEHIND:
+            self.leave_card(len(self.layers) - 1 - COPIES_BEHIND)
+
+    def leave_card(self, number: int) -> None:
+        torch.cuda.current_stream().wait_event(self.events[number])
+        for note in self.layers[number]:
+            note.card = None
+        self.events[number] = None
+
+    def end_forward(self, forward: Callable) -> Callable:
+        """Wrap the forward of the last layer: wait for all copies; fetch when backward begins."""
+
+        def call(*arguments, **keywords):
+            output = forward(*arguments, **keywords)
+            if torch.is_grad_enabled():
+                for number in range(max(len(self.layers) - COPIES_BEHIND, 0), len(self.layers)):
+                    self.leave_card(number)
+                hidden_states = output[0] if isinstance(output, tuple) else output
+                hidden_states.register_hook(lambda _: self.fetch(len(self.layers) - 1))
+            return output
+
+        return call
+
+    def fetch(self, number: int) -> None:
+        """Begin to copy a layer's activations back, unless that has begun."""
+        if not self.events[number]:
+            for note in self.layers[number]:
+                note.card = torch.empty_like(note.host, device="cuda")
+            copied = self.copy([(note.card, note.host) for note in self.layers[number]])
+            self.events[number] = copied
+
+    def unpack(self, note: object) -> Tensor:
+        """Give autograd its tensor back."""
+        if isinstance(note, Tensor):
+            return note
+        for number in (note.layer, max(note.layer - 1, 0)):
+            self.fetch(number)
+        torch.cuda.current_stream().wait_event(self.events[note.layer])
+        tensor, note.card = note.card, None
+        return tensor.as_strided(*note.shape)
 
 
 # ---- Fused pieces --------------------------------------------------------------------------------
@@ -493,21 +745,21 @@ def fuse_elementwise(overlay: WakeOverlay) -> list[str]:
             is_same[kind] = max(map(relative_difference, eager, ours)) <= PIECE_TOLERANCE
         if is_same[kind]:
             module.forward = fused
-    fuse_rotary(overlay.body, probe)
+    fuse_rotary(overlay.layers, probe)
     return [kind.__name__ for kind, same in is_same.items() if not same]
 
 
-def fuse_rotary(body: torch.nn.Module, probe: Tensor) -> None:
+def fuse_rotary(layers: torch.nn.ModuleList, probe: Tensor) -> None:
     """Compile the model's function for rotary embedding.
 
     Raises: RuntimeError if the compiled function gives something else. The comparison of whole
     passes would not show an error of 5 %, because their rounding is larger
     """
-    modeling, rotary = find_rotary(body)
+    modeling, rotary = find_rotary(layers)
     if not rotary or list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return
     fused = compiled_in_training(rotary)
-    width = getattr(getattr(body.layers[0], "self_attn", None), "head_dim", 64)
+    width = getattr(getattr(layers[0], "self_attn", None), "head_dim", 64)
 
     def turn(function: Callable, probe: Tensor) -> Tensor:
         q, k, cos, sin = probe.split(2)  # (2, 64, width) each
@@ -541,21 +793,21 @@ def relative_difference(wanted: Tensor, found: Tensor) -> float:
 def undo_fusing(overlay: WakeOverlay) -> None:
     """Put the original pieces back, those of an earlier run in this process too."""
     for module in overlay.body.modules():
-        if module not in overlay.body.layers:  # a layer's own forward belongs to recompute_layers
+        if module not in overlay.layers:  # a layer's own forward belongs to recompute_layers
             module.__dict__.pop("forward", None)
-    modeling, rotary = find_rotary(overlay.body)
+    modeling, rotary = find_rotary(overlay.layers)
     if rotary:
         modeling.apply_rotary_pos_emb = getattr(rotary, "original", rotary)
     if overlay.model.config.get_text_config()._attn_implementation == "causal_sdpa":
         overlay.model.set_attn_implementation("sdpa")
 
 
-def find_rotary(body: torch.nn.Module) -> tuple[types.ModuleType, Callable | None]:
+def find_rotary(layers: torch.nn.ModuleList) -> tuple[types.ModuleType, Callable | None]:
     """Find the Python module of the model's layers, and its function for rotary embedding.
 
     Attention looks the function up by name in that module at each call, so it can be replaced.
     """
-    modeling = sys.modules[type(body.layers[0]).__module__]  # such as modeling_qwen2
+    modeling = sys.modules[type(layers[0]).__module__]  # such as modeling_qwen2
     return modeling, getattr(modeling, "apply_rotary_pos_emb", None)
 
 
@@ -778,6 +1030,7 @@ class StepPlan:
     micro_batch_size: int
     num_recomputed_layers: int
     graph: GraphedPass | None = None
+    parking: Parking | None = None  # of layers that are neither recomputed nor on the card
     remarks: list[str] = dataclasses.field(default_factory=list)
     captured_peak_bytes: int = 0  # peak of the capture; a replay shows none
 
@@ -791,7 +1044,7 @@ def fit_to_machine(
     batches: those of two steps. Training looks up the base rows of the next step while it works on
     one step, so both batches must be on the card while peaks are measured.
     """
-    share, num_layers = len(batches[0].x), len(overlay.body.layers)
+    share, num_layers = len(batches[0].x), len(overlay.layers)
     sizes = divisors(share)[::-1]
     if config.micro_batch_size != "auto":
         sizes = [math.gcd(config.micro_batch_size, share)]
@@ -801,25 +1054,39 @@ def fit_to_machine(
             torch.set_num_threads(1)
         if config.gradient_checkpointing == "auto":
             plan.num_recomputed_layers = 0
-        recompute_layers(overlay.body, plan.num_recomputed_layers)
+        recompute_layers(overlay.layers, plan.num_recomputed_layers)
         return plan
+    fit_to_card(plan, sizes, overlay, batches[0], config)
+    return plan
+
+
+def fit_to_card(
+    plan: StepPlan, sizes: list[int], overlay: WakeOverlay, batch: StepBatch, config: Config
+) -> None:
+    """Do what fit_to_machine does, on a GPU: fuse, choose, park, and capture."""
+    num_layers, measure = len(overlay.layers), functools.partial(measure_peak, overlay, batch)
     undo_fusing(overlay)
-    recompute_layers(overlay.body, plan.num_recomputed_layers)
-    use_graph = config.compile != "false" and fuse_and_prove(plan, overlay, batches[0])
-    use_graph = use_graph and worker.dtype == torch.bfloat16
-
-    def measure(size: int, num_recomputed: int) -> int | None:
-        return measure_peak(overlay, batches[0], size, num_recomputed)
-
+    recompute_layers(overlay.layers, plan.num_recomputed_layers)
+    use_graph = config.compile != "false" and fuse_and_prove(plan, overlay, batch)
+    use_graph = use_graph and overlay.dtype == torch.bfloat16
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min((config.max_gpu_gib or math.inf) * GIB, free)
-    fixed_layers = config.gradient_checkpointing != "auto"
-    use_graph = choose_plan(plan, sizes, num_layers, measure, limit, use_graph, fixed_layers)
-    recompute_layers(overlay.body, plan.num_recomputed_layers)
+    rest = limit, use_graph, config.gradient_checkpointing != "auto"
+    remarks, parking = plan.remarks.copy(), None
+    use_graph = choose_plan(plan, sizes, num_layers, measure, *rest)
+    size = plan.micro_batch_size
+    if plan.num_recomputed_layers and config.gradient_checkpointing == "auto":
+        parking = find_parking(overlay, batch, size, config)
+        measure = functools.partial(measure, parking=parking)
+    if parking and parking.takes(num_layers) and measure(size, num_layers):
+        plan.parking, plan.num_recomputed_layers, plan.remarks = parking, num_layers, remarks
+        use_graph = choose_plan(plan, [size], num_layers, measure, *rest)
+        num_parked = parking.takes(plan.num_recomputed_layers)
+        plan.remarks.append(f"{num_parked} of these parked on the host instead")
+    recompute_layers(overlay.layers, plan.num_recomputed_layers, plan.parking)
     free_cached_memory()
     if use_graph:
-        capture(plan, overlay, batches[0])
-    return plan
+        capture(plan, overlay, batch)
 
 
 def choose_plan(
@@ -841,7 +1108,7 @@ def choose_plan(
         use_graph = False
         plan.remarks.append(f"not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more")
     limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB  # what stays free
-    if fixed_layers:
+    if fixed_layers or not num_layers:
         return use_graph
     # Four layers show what one layer keeps. Then the number that should fit is tried.
     probed = min(4, num_layers)
@@ -854,15 +1121,51 @@ def choose_plan(
     return use_graph
 
 
+def find_parking(overlay: WakeOverlay, batch: StepBatch, size: int, config: Config) -> Parking:
+    """Measure what the bus carries, and ask what the host has left beside the buffers of a save."""
+    import psutil
+
+    tokens = size * batch.x.shape[1]
+    saves = 2 * (overlay.input_rows.nbytes + overlay.logit_rows.nbytes)  # torch pins powers of two
+    room = psutil.virtual_memory().available - saves - HOST_SPARE_GIB * GIB
+    room /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this host
+    room = min(room, math.inf if config.max_host_gib is None else config.max_host_gib * GIB)
+    layer_bytes = kept_layer_bytes(overlay.model, tokens, config)
+    inputs = batch.base_embeds[:size].nbytes
+    carried = bus_bytes(overlay, batch, size)
+    return Parking(overlay.body, (layer_bytes, inputs, carried, room))
+
+
+def bus_bytes(overlay: WakeOverlay, batch: StepBatch, size: int) -> float:
+    """Count the bytes that the bus carries to the host while one layer computes in forward."""
+    recompute_layers(overlay.layers, len(overlay.layers))
+    embeds = overlay.embed(batch.x[:size], batch.base_embeds[:size]).detach().requires_grad_()
+    card = torch.empty(PINNED_BLOCK // 4, dtype=torch.uint8, device="cuda")
+    host = torch.empty_like(card, device="cpu", pin_memory=True)
+    begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    for _ in range(2):  # the first time warms up
+        begin.record()
+        host.copy_(card, non_blocking=True)  # while it lasts, Python launches the pass
+        copied.record()
+        overlay.body(inputs_embeds=embeds, use_cache=False)
+        end.record()
+        end.synchronize()
+    seconds_ratio = copied.elapsed_time(end) / begin.elapsed_time(copied)
+    return len(host) * seconds_ratio / len(overlay.layers)
+
+
 def measure_peak(
-    overlay: WakeOverlay, batch: StepBatch, size: int, num_recomputed: int
-) -> int | None:
+    overlay: WakeOverlay, batch: StepBatch, size: int, num_layers: int,
+    parking: Parking | None = None,
+) -> int | None:  # fmt: skip
     """The allocator's peak over a real pass of `size` sequences; None if it does not fit."""
-    recompute_layers(overlay.body, num_recomputed)
+    recompute_layers(overlay.layers, num_layers, parking)
     free_cached_memory()
     try:
         pass_results(overlay, batch, size, forward_backward)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # the card is full, or the host has no memory to pin
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         return None
     return torch.cuda.max_memory_allocated()
 
@@ -921,7 +1224,7 @@ def smaller_if_needed(
         try:
             return work()
         except torch.OutOfMemoryError:
-            size, num_layers = plan.micro_batch_size, len(overlay.body.layers)
+            size, num_layers = plan.micro_batch_size, len(overlay.layers)
             if worker.world_size > 1:
                 raise UserError(
                     f"{what}: process {worker.rank} is out of GPU memory with micro_batch_size"
@@ -935,8 +1238,9 @@ def smaller_if_needed(
                 ) from None
         # The same sequences in smaller parts: the step's result changes by rounding alone.
         plan.micro_batch_size = max(size // 2, 1)
-        plan.num_recomputed_layers, plan.graph, plan.captured_peak_bytes = num_layers, None, 0
-        recompute_layers(overlay.body, num_layers)
+        plan.num_recomputed_layers, plan.captured_peak_bytes = num_layers, 0
+        plan.graph = plan.parking = None
+        recompute_layers(overlay.layers, num_layers)
         free_cached_memory()
         worker.say(
             f"{what}: out of GPU memory; repeated with micro_batch_size {plan.micro_batch_size} and"
@@ -949,3 +1253,7 @@ def peak_gib(plan: StepPlan, worker: Worker) -> float | None:
     if worker.device.type == "cpu":
         return None
     return max(torch.cuda.max_memory_allocated(), plan.captured_peak_bytes) / GIB
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    print(__doc__)

@@ -16,7 +16,8 @@ rows S of the same shape; if the model ties its head to its embedding, S is R.
     embedding of id i    E[i]  if i < V,  else R[i - V]
     logits of state h    [ h W^T , h S^T ]                                  V + N numbers
 
-Nothing else is trained. The gradient of S is made inside the loss. The gradient of R is the
+Some models do more with their products: logits = cap(scale (h W^T + bias)), and `HeadFormula` says
+how. Nothing else is trained. The gradient of S is made inside the loss. The gradient of R is the
 gradient of the body's input embeddings, taken at the positions of new words. The file has this
 order: rows and look-up, loss, one micro-batch, Adafactor, what rows share, first values, and last
 the models that cannot be served. A 14B step of 2,048 tokens spends 27 of its 330 ms in the loss
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 # If this file is pasted into a notebook below the others, their names are there already.
 if "UserError" not in globals():
-    from config import UserError
+    from config import UserError, one_line
 
 # The loss holds fp32 logits of 256 positions over the base vocabulary at once: 149 MiB for 152,064
 # tokens. Larger chunks were not faster on an H100.
@@ -62,6 +63,9 @@ class WakeOverlay(nn.Module):
     table to the host: it is only looked up, so 20 MiB of rows a step cross the bus (2,048 tokens,
     H = 5,120) and 1.45 GiB of the card stay free.
 
+    body is the part of the model that holds its decoder `layers`: embeddings in, last hidden states
+    out. Gemma 3 4B and other models with a second input wrap such a body, which is trained on text.
+
     Memory: 4 N H bytes for each row set, and 4 N H bytes for the one gradient buffer of both sets
     Raises: UserError if the model has an embedding or a head that cannot be served exactly
     """
@@ -72,18 +76,19 @@ class WakeOverlay(nn.Module):
         offload_input_table: bool = False,
     ):  # fmt: skip
         super().__init__()
-        check_model(model, first_new_id)
+        body, layers = check_model(model, first_new_id)
         keep_outside(
             self, model=model, embedding=model.get_input_embeddings(),
-            head=model.get_output_embeddings(), body=getattr(model, model.base_model_prefix),
+            head=model.get_output_embeddings(), body=body, layers=layers,
         )  # fmt: skip
         settings = model.config.get_text_config()
         self.base_vocab_size = settings.vocab_size  # put back by uninstall; padding rows included
-        self.softcap = getattr(settings, "final_logit_softcapping", None)
+        self.formulas = head_formulas(model)
+        self.formula = self.formulas[0]  # until the probe of `install` has chosen
         self.first_new_id, self.train_output = first_new_id, train_output
         self.base_rows = dense_weight(self.head)  # (at least V, H)
         self.dtype, device = self.base_rows.dtype, self.base_rows.device
-        if offload_input_table and not is_tied(model.config):
+        if offload_input_table and not is_tied(model):
             self.embedding.to("cpu")
         self.input_rows = nn.Parameter(input_rows.to(device, torch.float32))  # (N, H)
         self.output_rows = None
@@ -103,6 +108,12 @@ class WakeOverlay(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.first_new_id + len(self.input_rows)
+
+    def spread_ids(self, num: int) -> Tensor:
+        """Choose tokens for a trial, (1, num), evenly over the base's and the new ones."""
+        ids = torch.linspace(0, self.vocab_size - 1, num).round().long()
+        has_row = (ids < len(self.base_rows)) | (ids >= self.first_new_id)
+        return torch.where(has_row, ids, 0)[None].to(self.base_rows.device)
 
     def base_embed(self, input_ids: Tensor) -> Tensor:
         """Look up base tokens; a new word gets row 0, which `embed` replaces.
@@ -151,11 +162,12 @@ class WakeOverlay(nn.Module):
                 -> losses (B, T) fp32, gradient (B, T, H) fp32, or None without `scale`.
         The output rows' gradient is added to `grad`.
         """
+        hidden = hidden_states.flatten(0, -2).to(self.dtype)  # Mamba's are fp32 in any dtype
         losses, grad = chunked_cross_entropy(
-            hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device),
+            hidden, labels.flatten().to(hidden_states.device),
             self.base_rows, len(self.base_rows) if base_only else self.first_new_id,
             None if base_only else self.logit_rows.detach(),
-            self.grad if self.train_output else None, scale, self.softcap,
+            self.grad if self.train_output else None, scale, self.formula,
         )  # fmt: skip
         return losses.view(labels.shape), None if grad is None else grad.view(hidden_states.shape)
 
@@ -167,7 +179,7 @@ class WakeOverlay(nn.Module):
         add_rows_(self.input_grad, index, rows)
 
     def install(self) -> None:
-        """Put the overlay into the model, and prove that the base tokens' logits stay the same.
+        """Put the overlay into the model, and prove that training computes the model's own logits.
 
         Raises: UserError if the logits differ; the model is then as it was before
         """
@@ -201,6 +213,11 @@ class OverlayEmbedding(nn.Module):
         self.rows = overlay.input_rows  # model.device is that of the first parameter, this one
         keep_outside(self, overlay=overlay)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base table, which Gemma 4 asks for its dtype and for the row of its padding token."""
+        return self.overlay.embedding.weight
+
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.overlay.embed(input_ids)
 
@@ -213,15 +230,24 @@ class OverlayHead(nn.Module):
         self.rows = overlay.logit_rows
         keep_outside(self, overlay=overlay)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base table, which Mamba and others ask for its dtype."""
+        return self.overlay.base_rows
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         overlay, linear = self.overlay, nn.functional.linear
-        base = linear(hidden_states, overlay.base_rows[: overlay.first_new_id])  # (..., V)
+        base_rows, bias = overlay.base_rows[: overlay.first_new_id], overlay.head.bias
+        base = linear(hidden_states, base_rows, bias if bias is None else bias[: len(base_rows)])
+        # base: (..., V), or less if the table is shorter than the tokenizer; such ids never come
+        num_missing = overlay.first_new_id - len(base_rows)
+        missing = base.new_full((*base.shape[:-1], num_missing), -math.inf)
         if hidden_states.shape[:-1].numel() <= 8:
             # While generating, reading fp32 rows once is cheaper than casting all of them.
             new = linear(hidden_states.float(), self.rows).to(base.dtype)  # (..., N)
         else:
             new = linear(hidden_states, self.rows.to(hidden_states.dtype))  # (..., N)
-        return torch.cat([base, new], dim=-1)  # (..., V + N)
+        return torch.cat([base, missing, new], dim=-1)  # (..., V + N)
 
 
 def keep_outside(module: nn.Module, **parts: nn.Module) -> None:
@@ -233,9 +259,9 @@ def keep_outside(module: nn.Module, **parts: nn.Module) -> None:
         object.__setattr__(module, name, part)
 
 
-def is_tied(model_config) -> bool:
-    """Say whether the head uses the embedding's table, according to a transformers config."""
-    return bool(model_config.get_text_config().tie_word_embeddings)
+def is_tied(model: nn.Module) -> bool:
+    """Say whether the head uses the embedding's table."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -268,14 +294,69 @@ def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> None:
 # ---- Loss ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class HeadFormula:
+    """This says what a model makes of its head's products, with cap(z) = softcap tanh(z / softcap):
+
+        logits = cap(scale (h rows^T + bias))
+
+    Granite and Cohere scale, Gemma 2 caps, Phi-2 and GPT-J add a bias. New words have a bias of 0.
+    Shapes: bias (table rows,), or None
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: Tensor | None = None
+
+    def apply_(self, logits: Tensor, on_base: bool = False) -> Tensor | float | None:
+        """Turn h rows^T, (..., rows) fp32, into logits in place; return the derivative.
+
+        on_base: the rows are the table's first ones. The result is None if the derivative is 1.
+        """
+        if on_base and self.bias is not None:
+            logits += self.bias[: logits.shape[-1]]
+        if self.scale != 1.0:
+            logits *= self.scale
+        if not self.softcap:
+            return self.scale if self.scale != 1.0 else None
+        logits.div_(self.softcap).tanh_()
+        slope = (1.0 - logits.square()).mul_(self.scale)
+        logits.mul_(self.softcap)
+        return slope
+
+
+PLAIN_HEAD = HeadFormula()
+# How transformers' configs call the scale; -1: the logits are divided by it. The names prove
+# nothing: HyperCLOVAX multiplies by what Granite divides by. So the probe decides.
+LOGIT_SCALES = {
+    "logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1,
+}  # fmt: skip
+LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def head_formulas(model: nn.Module) -> list[HeadFormula]:
+    """Read from the config what the model's formula may be; the probe keeps the one that holds."""
+    settings = model.config.get_text_config()
+    caps = [getattr(settings, name, None) for name in LOGIT_SOFTCAPS]
+    scales = []
+    for name, sign in LOGIT_SCALES.items():
+        if isinstance(value := getattr(settings, name, None), float | int) and value:
+            scales += [value**sign, value**-sign]
+    bias = model.get_output_embeddings().bias
+    bias = None if bias is None else bias.detach()
+    cap = next((cap for cap in caps if cap), None)
+    return [HeadFormula(scale, cap, bias) for scale in (*scales, 1.0)]
+
+
 def chunked_cross_entropy(
     hidden_states: Tensor, labels: Tensor, base_rows: Tensor, first_new_id: int,
     new_rows: Tensor | None = None, new_rows_grad: Tensor | None = None, scale: float | None = None,
-    softcap: float | None = None,
+    formula: HeadFormula = PLAIN_HEAD,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute cross entropy over base and new rows without ever holding all logits. It equals
 
-        logits = cat([hidden @ base_rows[:first_new_id].T, hidden @ new_rows.T], dim=1)
+        products = cat([hidden @ base_rows[:first_new_id].T + bias, hidden @ new_rows.T], dim=1)
+        logits = cap(scale * products), as `formula` has them
         losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
 
     If `scale` is given, the gradient of scale * losses.sum() is returned for hidden_states, and
@@ -302,7 +383,7 @@ def chunked_cross_entropy(
         hidden = hidden_states[group]  # (G, H)
         grad = None if scale is None else grad_hidden[group]  # (G, H), a view
         losses[group], d_new = cross_entropy_of_group(
-            hidden, labels[group], base_rows, first_new_id, new_rows, grad, softcap
+            hidden, labels[group], base_rows, first_new_id, new_rows, grad, formula
         )
         if grad is not None:
             add_gradients_of_new_rows_(d_new, hidden, new_rows, grad, new_rows_grad, scale)
@@ -311,9 +392,9 @@ def chunked_cross_entropy(
 
 def cross_entropy_of_group(
     hidden: Tensor, labels: Tensor, base_rows: Tensor, first_new_id: int, new_rows: Tensor,
-    grad_hidden: Tensor | None, softcap: float | None,
+    grad_hidden: Tensor | None, formula: HeadFormula,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the losses of G positions, (G,), and d(loss)/d(new logits), (G, N) fp32.
+    """Compute the losses of G positions, (G,), and d(loss)/d(hidden S^T), (G, N) fp32.
 
     The logits of all new rows are held at once, those of the base rows chunk by chunk. If
     grad_hidden (G, H) is given, it becomes d_base base_rows.
@@ -325,7 +406,7 @@ def cross_entropy_of_group(
     for chunk in blocks(len(hidden), LOSS_CHUNK_POSITIONS):
         base_logits = matmul_fp32(hidden[chunk], base_rows.T)  # (C, base columns)
         losses[chunk] = cross_entropy_and_grad_(
-            base_logits, new_logits[chunk], labels[chunk], first_new_id, softcap
+            base_logits, new_logits[chunk], labels[chunk], first_new_id, formula
         )
         if grad_hidden is not None:
             grad_hidden[chunk] = matmul_fp32(as_operand(base_logits, hidden.dtype), base_rows)
@@ -351,14 +432,14 @@ def add_gradients_of_new_rows_(
 
 
 def cross_entropy_and_grad_(
-    base: Tensor, new: Tensor, labels: Tensor, first_new_id: int, softcap: float | None = None
+    base: Tensor, new: Tensor, labels: Tensor, first_new_id: int, formula: HeadFormula = PLAIN_HEAD
 ) -> Tensor:
-    """Return each position's loss, and turn the logits into d(loss)/d(logits) in place.
+    """Return each position's loss, and turn h rows^T into d(loss)/d(h rows^T) in place.
 
-    Shapes: base (C, base columns) and new (C, N), fp32, uncapped; labels (C,) int64, negative ones
-            give a loss and a gradient of zero -> losses (C,) fp32
+    Shapes: base (C, base columns) and new (C, N), fp32; labels (C,) int64, negative ones give a
+            loss and a gradient of zero -> losses (C,) fp32
     """
-    slopes = [soft_cap_(logits, softcap) for logits in (base, new)]
+    slopes = formula.apply_(base, on_base=True), formula.apply_(new)
     base[:, first_new_id:] = -math.inf  # padding rows of the table are no tokens
     position = torch.arange(len(labels), device=labels.device)  # (C,)
     in_base, valid = labels < first_new_id, labels >= 0
@@ -381,19 +462,6 @@ def cross_entropy_and_grad_(
         if slope is not None:
             logits.mul_(slope)
     return losses
-
-
-def soft_cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """Replace logits by softcap * tanh(logits / softcap) in place; return the derivative.
-
-    Gemma 2 caps its logits like this. The result is None if there is no softcap.
-    """
-    if not softcap:
-        return None
-    logits.div_(softcap).tanh_()
-    slope = 1.0 - logits.square()
-    logits.mul_(softcap)
-    return slope
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -465,8 +533,8 @@ def forward_backward(
             losses, grad = overlay.loss(hidden_states.detach(), y, scale)  # (B, T), (B, T, H)
             if after_loss:
                 after_loss()
-        if hidden_states.dtype == torch.float16:
-            d_hidden = (grad * loss_scale.value).to(torch.float16)
+        if inputs_embeds.dtype == torch.float16:
+            d_hidden = (grad * loss_scale.value).to(hidden_states.dtype)
         else:
             d_hidden, grad = grad.to(hidden_states.dtype), losses  # frees 40 MiB for backward
         (d_embeds,) = torch.autograd.grad(hidden_states, inputs_embeds, d_hidden)  # (B, T, H)
@@ -600,11 +668,11 @@ def shared_features(word: str, ids: list[int]) -> list[str | int]:
     """List what a word shares with others: "" with all, then beginnings, endings and base tokens.
 
     "ri " is a beginning and " un" an ending. ids[0] stands for the first base token and ~ids[-1],
-    a negative number, for the last one.
+    a negative number, for the last one. "=run" is what the two forms of a word share.
     """
     sizes = [size for size in KIN_LETTERS if size <= len(word)]
     beginnings, endings = [word[:n] + " " for n in sizes], [" " + word[-n:] for n in sizes]
-    return ["", *beginnings, *endings, ids[0], ~ids[-1]]
+    return ["", *beginnings, *endings, ids[0], ~ids[-1], "=" + word]
 
 
 def sharing_matrices(
@@ -626,7 +694,8 @@ def sharing_matrices(
     word = torch.arange(len(words)).repeat_interleave(torch.tensor(lengths))  # (pairs,)
     num_words = torch.bincount(feature)  # (all features,)
     weight = kin_coupling / num_words.sqrt()
-    weight[num_words < KIN_MIN_WORDS] = 0.0
+    of_one_word = torch.tensor([str(name).startswith("=") for name in numbers])
+    weight[num_words < torch.where(of_one_word, 2, KIN_MIN_WORDS)] = 0.0
     weight[0] = row_coupling / math.sqrt(len(words))  # the feature that all words share
     kept = weight[feature] > 0
     if not kept.any():
@@ -731,61 +800,134 @@ def spherical_rows(table: Tensor, num_rows: int, radius: float, seed: int) -> Te
 # ---- Models that cannot be served ----------------------------------------------------------------
 
 
-def check_model(model: nn.Module, first_new_id: int = 0) -> None:
-    """Raise a UserError of one line if the model's head or embedding cannot be served exactly."""
+WANTED = "the overlay serves causal language models with one embedding and one linear head"
+
+
+def check_model(model: nn.Module, first_new_id: int = 0) -> tuple[nn.Module, nn.ModuleList]:
+    """Raise a UserError of one line if the model's head or embedding cannot be served exactly.
+
+    Returns the body and its decoder layers. A model without weights, on the meta device, will do.
+    """
     name, head = type(model).__name__, model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    wanted = "the overlay serves causal language models with one embedding and one linear head"
     if head is None or embedding is None or getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{name} has no input embedding and output head of one text; {wanted}")
-    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-        kind = type(head).__name__
-        raise UserError(f"{name} has a {kind} head with a bias or no weight; {wanted}")
-    quantized = getattr(head.weight, "quant_state", None) is not None
-    if type(head).forward is not nn.Linear.forward and not quantized:
-        raise UserError(f"{name} has a {type(head).__name__} as output head; {wanted}")
+        raise UserError(f"{name} has no input embedding and output head of one text; {WANTED}")
+    quantized = getattr(getattr(head, "weight", None), "quant_state", None) is not None
+    plain = getattr(type(head), "forward", None) is nn.Linear.forward
+    if not isinstance(head, nn.Linear) or not (plain or quantized):
+        raise UserError(f"{name} has a {type(head).__name__} as output head; {WANTED}")
     # A subclass may scale its rows (`embed` knows Gemma's embed_scale) and do nothing else.
     plain = getattr(type(embedding), "forward", None) is nn.Embedding.forward
     known = isinstance(embedding, nn.Embedding) and (plain or hasattr(embedding, "embed_scale"))
     if not known or embedding.max_norm is not None:
-        raise UserError(f"{name} has a {type(embedding).__name__} as input embedding; {wanted}")
-    if not hasattr(getattr(model, model.base_model_prefix, None), "layers"):
-        raise UserError(
-            f"{name} has no such layers; the overlay serves models with their decoder layers in"
-            " model.base_model.layers"
-        )
-    if first_new_id > len(embedding.weight):
-        raise UserError(
-            f"{name} has tables of {len(embedding.weight)} rows, but its tokenizer has"
-            f" {first_new_id} tokens; the overlay serves models whose tables hold every token of"
-            " their own tokenizer"
-        )
+        raise UserError(f"{name} has a {type(embedding).__name__} as input embedding; {WANTED}")
+    body, layers = find_body(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    for path, module in body.named_modules():
+        num_rows = getattr(module, "num_embeddings", 0)
+        # GPT-2 and OPT have a table of positions, OPT's with two rows more. Gemma 3n's second table
+        # is a little shorter than its first.
+        if module is not embedding and num_rows > max(first_new_id / 2, positions + 2):
+            raise UserError(
+                f"{name} looks its tokens up in a second table, {path}, which has no rows for new"
+                f" words; {WANTED}"
+            )
+    return body, layers
 
 
-@torch.no_grad()
-def probe(overlay: WakeOverlay) -> None:
-    """Compare the model's own logits with those that training will compute, on eight base tokens.
+def check_ids(model: nn.Module, first_new_id: int, ids: Tensor) -> None:
+    """Raise a UserError if a text holds a base token that the model's table has no row for.
 
-    Raises: UserError if they differ, because the model then does more with its hidden states than
-            this file knows; UserError if the model's own logits are not finite
+    Gemma 3 1B has 262,144 rows, and a tokenizer with one token more, which stands for a picture.
     """
-    model, dtype = overlay.model, overlay.dtype
-    last = overlay.first_new_id - 1
-    ids = torch.linspace(0, last, 8, device=overlay.base_rows.device).long()[None]  # (1, 8)
-    own = model(input_ids=ids, use_cache=False).logits[0, :, : overlay.first_new_id].float()
-    # own: (8, V); hidden: (1, 8, H)
-    hidden = overlay.body(inputs_embeds=overlay.embed(ids), use_cache=False).last_hidden_state
-    ours = matmul_fp32(hidden[0], overlay.base_rows[: overlay.first_new_id].T)  # (8, V)
-    soft_cap_(ours, overlay.softcap)
-    if not own.isfinite().all():
+    num_rows = len(model.get_input_embeddings().weight)
+    if (without := ids[(ids >= num_rows) & (ids < first_new_id)]).numel():
         raise UserError(
-            f"{type(model).__name__} gives logits that are not finite in {dtype}; use"
-            " compute_dtype bfloat16, or float32 on a card without it"
+            f"corpus: it holds the token {without[0].item()}, for which {type(model).__name__} has"
+            f" no row: its tables have {num_rows:,} rows, its tokenizer {first_new_id:,} tokens;"
+            " take that token out of the texts"
         )
-    difference = (own - ours).abs().max().item() / max(own.abs().max().item(), 1e-30)
-    if not difference <= (1e-4 if dtype == torch.float32 else 2e-2):
+
+
+def find_body(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Find the module that holds the input embedding and a list of layers, and this list.
+
+    It is model.model of most, model.transformer of GPT-2, model.model.decoder of OPT, and
+    model.model.language_model of Gemma 3 4B. Raises: UserError
+    """
+    embedding = model.get_input_embeddings()
+    for body in model.modules():
+        lists = [part for part in body.children() if isinstance(part, nn.ModuleList)]
+        if lists and any(part is embedding for part in body.modules()):
+            return body, max(lists, key=len)
+    raise UserError(
+        f"{type(model).__name__} has no list of decoder layers beside its embedding; {WANTED}"
+    )
+
+
+def probe(overlay: WakeOverlay) -> None:
+    """Compare the model's own logits with those that training will compute, on eight tokens.
+
+    The tokens lie evenly over base tokens and new words. A formula of the head is kept if it gives
+    the model's logits. A backward pass proves that no position sees a later one.
+    Raises: UserError if the logits differ, because the model then does more with its hidden states
+            than this file knows; UserError with the library's own words if a pass fails
+    """
+    model = overlay.model
+    name, ids = type(model).__name__, overlay.spread_ids(8)  # (1, 8)
+    try:
+        with torch.no_grad():
+            own = model(input_ids=ids, use_cache=False).logits[0].float()  # (8, V + N)
+        with torch.enable_grad():
+            embeds = overlay.embed(ids).detach().requires_grad_()  # (1, 8, H)
+            hidden = overlay.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            (reach,) = torch.autograd.grad(hidden[0, 3, ::2].mean(), embeds)  # (1, 8, H)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's own code may raise anything
         raise UserError(
-            f"{type(model).__name__} computes logits from its hidden states in a way the overlay"
-            f" does not know (relative difference {difference:.2g} on a probe); it cannot be"
-            " trained exactly"
+            f"{name} fails in a pass over eight tokens ({type(error).__name__}: {one_line(error)});"
+            f" {WANTED}"
+        ) from error
+    choose_formula(overlay, own, hidden[0].detach().to(overlay.dtype))
+    if reach[0, 4:].nan_to_num(0.0).any():  # NaN: float16 overflowed, which training repeats
+        raise UserError(
+            f"{name} lets a token see those that follow it; the overlay serves causal language"
+            " models"
         )
+
+
+def choose_formula(overlay: WakeOverlay, own: Tensor, hidden: Tensor) -> None:
+    """Keep the formula that turns hidden (8, H) into the model's own logits (8, V + N).
+
+    Raises: UserError if none does, or if the model's own logits are not finite
+    """
+    name, size = type(overlay.model).__name__, overlay.vocab_size
+    if own.shape[-1] != size:
+        raise UserError(f"{name} gives {own.shape[-1]:,} logits for {size:,} tokens; {WANTED}")
+    base_rows = overlay.base_rows[: overlay.first_new_id]
+    own = own[:, : len(base_rows)], own[:, overlay.first_new_id :]  # (8, V), (8, N)
+    if not all(part.isfinite().all() for part in own):
+        raise UserError(
+            f"{name} gives logits that are not finite in {overlay.dtype}; use compute_dtype"
+            " bfloat16, or float32 on a card without it"
+        )
+
+    def difference(formula: HeadFormula) -> float:
+        ours = matmul_fp32(hidden, base_rows.T), hidden.float() @ overlay.logit_rows.T
+        formula.apply_(ours[0], on_base=True)
+        formula.apply_(ours[1])
+        largest = torch.stack([part.abs().max() for part in own]).max().clamp(min=1e-30)
+        return max(((a - b).abs().max() / largest).item() for a, b in zip(own, ours))
+
+    overlay.formula = min(overlay.formulas, key=difference)
+    least = difference(overlay.formula)
+    if not least <= (1e-4 if overlay.dtype == torch.float32 else 2e-2):
+        raise UserError(
+            f"{name} computes logits from its hidden states in a way the overlay does not know"
+            f" (relative difference {least:.2g} on a probe); it cannot be trained exactly"
+        )
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    print(__doc__)

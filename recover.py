@@ -1,7 +1,8 @@
 """Write, verify, list, export, try out and import what a run saved, and look at its words.
 
     python recover.py RUN_DIR                              what is there, what train.py goes on from
-    python recover.py export RUN_DIR OUT --format merged   an ordinary model folder; or peft, rows
+    python recover.py export RUN_DIR OUT --format merged   an ordinary model folder; or peft, rows;
+                                                           --push NAME/REPO sends it to the hub
     python recover.py generate RUN_DIR ["prompt"]          what the trained model writes
     python recover.py neighbours RUN_DIR [word ...]        what is near a word, before and after
     python recover.py import SEED_FILE.pt RUN_DIR          a sentry of the original notebooks
@@ -12,24 +13,32 @@ written last and holds size and SHA-256 of the other files. A folder is a sentry
 agree with its marker. Only `import` reads a pickle, and it takes tensors and numbers alone from
 it. If nothing but the sentry_dir of a run survived, give that folder as RUN_DIR.
 
-export, generate and neighbours take the newest whole sentry, or that of --step. In a notebook,
-generate("RUN_DIR", "prompt") returns the text; if there is no prompt, it asks for one after
-another.
+export, generate and neighbours take the newest whole sentry, or that of --step; --step best takes
+the one with the lowest held-out loss. In a notebook, generate("RUN_DIR", "prompt") returns the
+text; if there is no prompt, it asks for one after another.
 """
+
+import os
+import signal
+import sys
+
+# The imports take seconds. An exception by Ctrl-C would show a traceback, or be swallowed by torch
+# (2.13.0), after which numpy is broken. In a notebook the process must go on.
+if __name__ == "__main__" and "__file__" in globals():
+    if "IPython" not in sys.modules:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
 
 import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +46,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 
+import psutil
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -45,22 +55,26 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 if "check_environment" not in globals():
-    from env_shim import apply, check_environment
+    from env_shim import apply, check_environment, installed_version
 if "UserError" not in globals():
     from config import (
-        KEYS, Config, UserError, one_line, read_json, replacing, run_command, sync, write_json,
+        GIB, KEYS, Config, UserError, one_line, read_json, replacing, run_command, sync, write_json,
     )  # fmt: skip
 if "new_words_hash" not in globals():
-    from extend_tokenizer import SPACE, NewWords, base_tokenizer, new_words_hash
+    from extend_tokenizer import base_tokenizer, new_words_hash, shown_content
 if "WakeOverlay" not in globals():
     from overlay import (
         FLOAT16_LOSS_SCALE, ROW_BLOCK, WakeOverlay, is_tied, output_mode, starting_rows,
     )  # fmt: skip
 if "Worker" not in globals():
-    from machine import find_worker, free_cached_memory, load_model
+    from machine import (
+        auto_class, find_worker, free_cached_memory, hide_bars_in_logs, load_model,
+        model_without_weights,
+    )  # fmt: skip
 
 MARKER = "state.json"
 NOT_KNOWN = "not known"  # stands in an imported state for a fact that no check can compare
+LOADING_TIME = " (30 GB take about a minute)"  # one H100, 2026-11-25, docs/measurements.md
 SLOW_COPY_NOTICE_SECONDS = 60.0  # copying 1.7 GiB to a mounted Drive takes about a minute
 READ_BYTES = 16 * 2**20
 VALUES_AT_ONCE = 20 * 2**20  # 80 MiB of fp32
@@ -173,7 +187,8 @@ def check_files(path: Path, expected: dict) -> Sentry:
     for name, wanted in expected.items():
         if state.get(name) not in (wanted, NOT_KNOWN):
             key = name.replace("words_sha256", "lexicon's words").replace("_sha256", "")
-            raise UserError(f"{path}: other {key} ({state.get(name)!r} instead of {wanted!r})")
+            values = f" ({state.get(name)!r} instead of {wanted!r})" if key == name else ""
+            raise UserError(f"{path}: other {key}{values}")
     for name, (size, sha256) in files.items():
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing")
@@ -239,16 +254,29 @@ def committed_sentries(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, path in sentry_folders(folder) if (path / MARKER).exists()]
 
 
+def by_held_out_loss(*folders: Path) -> list[Path]:
+    """List the sentries that were saved at an evaluation, the lowest held-out loss first."""
+    found = []
+    for step, path in sentry_folders(*folders):
+        with contextlib.suppress(UserError):  # no marker, or a damaged one
+            if (loss := read_marker(path)[0].get("val_loss")) is not None:
+                found.append((loss, -step, path))
+    return [path for _, _, path in sorted(found, key=lambda entry: entry[:2])]
+
+
 def pick_sentry(
-    folders: list[Path], expected: dict, step: int | None = None
+    folders: list[Path], expected: dict, step: int | str | None = None
 ) -> tuple[Sentry | None, list[str]]:
     """Find the newest whole sentry of all folders, and say why newer ones were passed over.
 
-    The sentry is None only if nothing is named like one. If `step` is given, only that step counts.
+    The sentry is None only if nothing is named like one. If `step` is given, only that step counts;
+    "best" is the one with the lowest held-out loss.
     Raises: UserError if there are saves and none can be continued, or if `step` is missing
     """
-    skipped = []
-    for number, path in sentry_folders(*folders):
+    skipped, wanted = [], sentry_folders(*folders)
+    if step == "best":
+        wanted = [(step, path) for path in by_held_out_loss(*folders)]
+    for number, path in wanted:
         if step in (None, number):
             try:
                 return check_sentry(path, expected), skipped
@@ -256,7 +284,8 @@ def pick_sentry(
                 skipped += error.problems
     if step is not None:
         places = ", ".join(map(str, folders))
-        raise UserError(*skipped, f"no whole sentry of step {step} in {places}")
+        which = "an evaluated step" if step == "best" else f"step {step}"
+        raise UserError(*skipped, f"no whole sentry of {which} in {places}")
     if skipped:
         advice = "nothing here can be continued: put back what differs, give another run_dir, or"
         advice += " start over with --fresh, which keeps this aside"
@@ -278,11 +307,11 @@ def set_aside(folders: list[Path], chosen: Sentry) -> None:
 
 
 def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
-    """Delete all sentries but the newest `keep` and `spare`, and what kills left.
+    """Delete all sentries but the newest `keep`, the best one and `spare`, and what kills left.
 
     Call it only after the newest sentry was proved whole.
     """
-    kept = [path for _, path in committed_sentries(folder)[:keep]]
+    kept = [path for _, path in committed_sentries(folder)[:keep]] + by_held_out_loss(folder)[:1]
     for step, path in sentry_folders(folder):
         if path not in (*kept, spare):
             (path / MARKER).unlink(missing_ok=True)  # from here on it is no sentry
@@ -295,7 +324,15 @@ def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
 # ---- Copy ----------------------------------------------------------------------------------------
 
 
-def copy_sentry(source: Path, folder: Path) -> Path:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def copy_sentry(source: Path, folder: Path, copy: Callable = shutil.copyfile) -> Path:
     """Copy a sentry into `folder` and read each file back; a whole copy already there stays.
 
     Raises: OSError if `folder` fails; UserError if `folder` hands back other bytes
@@ -307,7 +344,7 @@ def copy_sentry(source: Path, folder: Path) -> Path:
         return check_files(target, state).path
     with new_sentry(target, state) as part:
         for name, record in state["files"].items():
-            shutil.copyfile(source / name, part / name)
+            copy(source / name, part / name)
             sync(part / name)
             fault_point("copied", state["step"])
             if file_record(part / name) != record:
@@ -320,10 +357,11 @@ class SentryWriter:
     """This writes and copies saves while training goes on.
 
     One thread writes a save to the local disk; if that fails, training hears of it at its next
-    `check`. Another thread copies the newest local sentry from first_step on, even one from before
-    this start. An older local one may be damaged, and must not replace a good copy of it. If the
-    durable folder hangs, fills or goes away, there is one warning, and the newest sentry is copied
-    later. If both folders are the same, nothing is copied.
+    `check`. Another thread copies the newest local sentry and the best one from first_step on, even
+    from before this start. An older local one may be damaged, and must not replace a good copy of
+    it. If the durable folder hangs, fills or goes away, there is one warning, and both are copied
+    later. If both folders lie in the same one, the files are hard links and take no room; if they
+    are the same, nothing is copied.
     """
 
     def __init__(
@@ -336,7 +374,7 @@ class SentryWriter:
         self.copying: threading.Thread | None = None
         self.in_copy: Path | None = None
         self.copy_began = 0.0
-        self.durable_step: int | None = None  # the newest step copied to `durable` or found there
+        self.copied: list[Path] = []  # these are in `durable`, copied or found there
         self.warned = False
         self.start_copying()
 
@@ -365,9 +403,19 @@ class SentryWriter:
         with self.lock:
             prune(self.local, self.keep, spare=self.in_copy)
 
-    def newest_local(self) -> tuple[int | None, Path | None]:
-        step, path = next(iter(committed_sentries(self.local)), (-1, None))
-        return (step, path) if step >= self.first_step else (None, None)
+    @property
+    def durable_step(self) -> int | None:
+        return max((int(path.name[5:]) for path in self.copied), default=None)
+
+    def to_copy(self) -> dict[Path, int]:
+        """Name the newest and the best local sentry: path -> step."""
+        local = committed_sentries(self.local)
+        steps = {path: step for step, path in local if step >= self.first_step}
+        wanted = [*list(steps)[:1], *by_held_out_loss(self.local)[:1]]
+        return {path: steps[path] for path in wanted if path in steps}
+
+    def newest_local(self) -> int | None:
+        return max(self.to_copy().values(), default=None)
 
     def start_copying(self) -> None:
         """Have a thread copy what is not copied; warn once if the copy before is stuck."""
@@ -382,23 +430,27 @@ class SentryWriter:
             self.warn(f"has not taken a copy for {waited:.0f} s")
 
     def copy(self) -> None:
-        """Copy the newest local sentry, until there is none newer than the last one tried."""
-        tried = None
+        """Copy the newest local sentry and the best one, until each was tried."""
+        copy, tried = shutil.copyfile, []
+        if self.durable.parent == self.local.parent:
+            copy = link_or_copy
         while True:
             with self.lock:
-                step, path = self.newest_local()
-                self.in_copy = path if path != tried else None
-                if self.in_copy is None:
-                    self.copying = None
+                waiting = [p for p in self.to_copy() if p not in (*tried, *self.copied)]
+                if not waiting:
+                    self.in_copy = self.copying = None
                     return
-            tried, self.copy_began = path, time.monotonic()
+                # In turn: new saves may come faster than a slow folder takes one.
+                self.in_copy = path = waiting[-(len(tried) % 2)]
+            tried.append(path)
+            step, self.copy_began = int(path.name[5:]), time.monotonic()
             try:
-                copy_sentry(path, self.durable)
+                copy_sentry(path, self.durable, copy)
                 prune(self.durable, self.keep)
             except (OSError, ValueError) as error:
                 self.warn(f"refuses: {error}")
                 continue
-            self.durable_step = step
+            self.copied.append(path)
             if self.warned:
                 self.say(f"{self.durable} answers again; step {step} is there, verified")
             self.warned = False
@@ -406,10 +458,9 @@ class SentryWriter:
     def warn(self, what: str) -> None:
         if not self.warned:
             since = "all steps" if self.durable_step is None else f"steps after {self.durable_step}"
-            step, _ = self.newest_local()
             self.say(
-                f"warning: {self.durable} {what}; {since} up to {step} are on the local disk only."
-                " Training goes on, and copying when the folder answers again."
+                f"warning: {self.durable} {what}; {since} up to {self.newest_local()} are on the"
+                " local disk only. Training goes on, and copying when the folder answers again."
             )
         self.warned = True
 
@@ -432,7 +483,7 @@ class SentryWriter:
         # A copy in progress kept its sentry from being deleted. One save too many is no loss.
         with contextlib.suppress(OSError, UserError):
             self.prune_local()
-        step, _ = self.newest_local()
+        step = self.newest_local()
         if self.durable != self.local and step not in (None, self.durable_step):
             held = "nothing" if self.durable_step is None else f"step {self.durable_step}"
             self.say(
@@ -488,8 +539,16 @@ def sentry_folders_and_identity(run_dir: Path) -> tuple[list[Path], dict]:
     if (run_dir / "tokenizer" / "report.json").is_file():
         report = read_tokenizer_file(run_dir, "report.json", read_json)
         identity["words_sha256"] = report["new_words_sha256"]
-    durable = Path(settings.get("sentry_dir") or run_dir / "sentries")
-    return [run_dir / "snapshots", durable, run_dir], identity
+    durable = started_in(run_dir) / settings["sentry_dir"] if settings.get("sentry_dir") else None
+    return [run_dir / "snapshots", durable or run_dir / "sentries", run_dir], identity
+
+
+def started_in(run_dir: Path) -> Path:
+    """Name the folder that relative paths in a run's settings begin in; not known: this one."""
+    try:
+        return Path(read_json(run_dir / "tokenizer" / "report.json").get("started_in", ""))
+    except (OSError, ValueError):
+        return Path()
 
 
 def list_saves(run_dir: Path) -> None:
@@ -520,7 +579,7 @@ def list_saves(run_dir: Path) -> None:
 # ---- What an export needs: rows, words, base model -----------------------------------------------
 
 
-def newest_sentry(run_dir: Path, step: int | None = None) -> Sentry:
+def newest_sentry(run_dir: Path, step: int | str | None = None) -> Sentry:
     """Pick the sentry of `step`, or the one that train.py would continue from, and say what was
     passed over."""
     sentry, skipped = pick_sentry(*sentry_folders_and_identity(run_dir), step)
@@ -537,17 +596,27 @@ def trained_rows(sentry: Sentry) -> dict[str, Tensor]:
     return {name: rows for name, rows in tensors.items() if name in ("input_rows", "output_rows")}
 
 
-def config_with_base(settings: dict, base: str | None) -> Config:
-    """Make a Config of saved settings; keys of older versions are left out, and --base wins."""
+def config_with_base(settings: dict, base: str | None, run_dir: Path = Path()) -> Config:
+    """Make a Config of saved settings; keys of older versions are left out, and --base wins.
+
+    A local model folder is looked for where the run was started.
+    """
     known = {name: value for name, value in settings.items() if name in KEYS}
-    return Config(**known | ({"model_name": base} if base else {}))
+    folder = started_in(run_dir) / Path(known["model_name"]).expanduser()
+    if base or folder.is_dir():
+        known["model_name"] = base or str(folder)
+    return Config(**known)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedWords:
-    """These are the new words of a run by their ids, and the base ids that spelled each of them."""
+    """These are the new words of a run by their ids, and the base ids that spelled each of them.
+
+    As in NewWords the rows from num_words on are second forms of words that stand before them.
+    """
 
     first_new_id: int
+    num_words: int
     words: list[str]
     spellings: list[list[int]]
     sha256: str
@@ -568,10 +637,10 @@ def saved_words(run_dir: Path) -> SavedWords:
     words, texts, base_ids = read_tokenizer_file(run_dir, "words.tsv", words_table_columns)
     first, sha256 = report["base_size"], report["new_words_sha256"]
     tokens = [tokenizer.id_to_token(i) or "" for i in range(first, first + len(words))]
-    if new_words_hash(words, first) != sha256 or texts != [t.replace(SPACE, " ") for t in tokens]:
+    if new_words_hash(words, first) != sha256 or texts != list(map(shown_content, tokens)):
         raise UserError(f"{run_dir / 'tokenizer'}: its files are not of the same words")
     spellings = [[int(i) for i in ids.split()] for ids in base_ids]
-    return SavedWords(first, words, spellings, sha256, tokenizer)
+    return SavedWords(first, report["new_tokens"], words, spellings, sha256, tokenizer)
 
 
 def base_file(config: Config, name: str) -> Path:
@@ -590,91 +659,170 @@ def base_file(config: Config, name: str) -> Path:
     return folder / name
 
 
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a checkpoint's file, safetensors or pytorch_model.bin. Raises: UserError.
+
+    Only tensors are taken from a .bin, which is a pickle.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; --base names another model folder")
+    if path.suffix != ".bin":
+        with open_tensors(path) as stored:
+            return stored.get_tensors()
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: cannot be mapped; load the model once with transformers, save it with"
+            f" save_pretrained, and give that folder as --base ({one_line(error)[:150]})"
+        ) from None
+
+
+def weight_files(config: Config) -> dict[str, str]:
+    """Read which file of the base model holds which tensor; no weights are loaded."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (path := base_file(config, single)).is_file():
+            return dict.fromkeys(mapped_tensors(path), single)
+        if (path := base_file(config, f"{single}.index.json")).is_file():
+            return read_json(path)["weight_map"]
+    return dict.fromkeys(mapped_tensors(base_file(config, "model.safetensors")))
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseTables:
-    """This maps the base model's tensors to their files; head is None if no head is stored."""
+    """This says where the base model keeps its two tables: the tensors' names and files, and the
+    paths of the modules that hold them, which may be called otherwise. head is None if the files
+    hold no head of its own."""
 
     config: Config
     weight_map: dict[str, str]
     embedding: str
     head: str | None
+    embedding_path: str
+    head_path: str
     tied: bool
 
     def table(self, name: str, num_rows: int) -> Tensor:
         """Map the first rows of a table: without its padding, if num_rows is the base's size."""
         path = base_file(self.config, self.weight_map[name])
-        with open_tensors(path) as stored:
-            table = stored.get_tensor(name)
-        if len(table) < num_rows or not table.is_floating_point():
+        table = mapped_tensors(path)[name]
+        if table.ndim != 2 or not table.is_floating_point():
             raise UserError(f"{path}: {name} is {table.dtype} {tuple(table.shape)}")
         return table[:num_rows]
 
 
-def base_tables(config: Config) -> BaseTables:
-    """Read the base model's config.json and the names in its safetensors files; no weights."""
-    index = base_file(config, "model.safetensors.index.json")
-    single = base_file(config, "model.safetensors")
-    if index.is_file() and not single.is_file():
-        weight_map = read_json(index)["weight_map"]
-    else:
-        with open_tensors(single) as stored:
-            weight_map = dict.fromkeys(stored.keys(), single.name)
-    found = [
-        [name for name in weight_map if re.search(rf"(^|\.)({pattern})\.weight$", name)]
-        for pattern in ("embed_tokens|wte|embed_in", "lm_head|embed_out")
-    ]
-    if len(found[0]) != 1 or len(found[1]) > 1:
-        raise UserError(f"model {config.model_name}: no one embedding and head: {found}")
-    from transformers import AutoConfig  # takes 3 s, and some commands need no base
+# How checkpoints call the two tables, where they do not call them as the model's module.
+EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "embedding")
+HEAD_NAMES = ("lm_head", "embed_out")
 
-    model_config = AutoConfig.from_pretrained(
-        Path(config.model_name).expanduser(), revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    head = found[1][0] if found[1] else None
-    return BaseTables(config, weight_map, found[0][0], head, head is None or is_tied(model_config))
+
+def stored_table(weight_map: dict[str, str], path: str, others: tuple[str, ...]) -> str | None:
+    """Find the tensor of the module at `path`: by its whole path, or by the last part of it.
+
+    A table inside a numbered layer is another one: GLM-4.5 and DeepSeek-V3 keep a second embedding
+    in the layers that predict several tokens.
+    """
+    if f"{path}.weight" in weight_map:
+        return f"{path}.weight"
+    for last in (path.rpartition(".")[2], *others):
+        pattern = rf"(?!.*\.\d+\.)(.*\.)?{last}\.weight"
+        found = [name for name in weight_map if re.fullmatch(pattern, name)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def export_problems(config: Config, model: torch.nn.Module) -> list[str]:
+    """Say in words what an export as merged or peft would lack; asked before the first step."""
+    try:
+        base_tables(config, model)
+    except UserError as error:
+        return [f"only the rows of this run can be exported: {text}" for text in error.problems]
+    return []
+
+
+def base_tables(config: Config, model: torch.nn.Module | None = None) -> BaseTables:
+    """Find the base model's tables by the names in its files and its modules; no weights.
+
+    model: the model, if it is at hand and has no overlay. Raises: UserError
+    """
+    weight_map = weight_files(config)
+    model = model or model_without_weights(config)
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = [next(p for p, m in model.named_modules() if m is module) for module in modules]
+    embedding = stored_table(weight_map, paths[0], EMBEDDING_NAMES)
+    head, tied = stored_table(weight_map, paths[1], HEAD_NAMES), is_tied(model)
+    for name, path in ((embedding, paths[0]), (embedding if tied else head, paths[1])):
+        if name is None:
+            tables = [name for name in weight_map if re.search("embed|wte|head", name)]
+            raise UserError(
+                f"model {config.model_name}: no one tensor in its files is that of {path}; found"
+                f" {', '.join(tables[:8])}"
+            )
+    return BaseTables(config, weight_map, embedding, head, *paths, tied)
 
 
 # ---- Export --------------------------------------------------------------------------------------
 
+FOUR_BITS = """
+
+In 4 bits it takes a quarter of the memory. Import `BitsAndBytesConfig` from transformers, and give
+the model `quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+bnb_4bit_use_double_quant=True)` beside `dtype`."""
 LOADING = {
     "rows": """`rows.safetensors` holds `input_rows`, and `output_rows` if the head has its own,
 fp32, row i for the i-th line of `words.txt`; `rows.json` names model, words and ids.""",
-    "merged": """`AutoTokenizer.from_pretrained("{folder}")` and
-`AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")` of transformers load it.""",
-    "peft": """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    "merged": """```python
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{model}", dtype="auto"){untie}
-model.resize_token_embeddings({size}, mean_resizing=False)
-model = PeftModel.from_pretrained(model, "{folder}")
+model = {auto}.from_pretrained("{folder}", dtype="auto")
+```"""
+    + FOUR_BITS,
+    "peft": """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 ```
 
-The base's table must be resized to {size:,} rows before the adapter is put on, even if that makes
-it smaller: the new ids begin in its padding. If the head is tied and takes the same rows, PEFT
-warns of a missing lm_head key.""",
+If the head is tied and takes the same rows, PEFT warns of a missing lm_head key."""
+    + FOUR_BITS,
+    "resized peft": """```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {auto}.from_pretrained("{model}", dtype="auto"){untie}
+model.resize_token_embeddings({size}, mean_resizing=False)
+model = PeftModel.from_pretrained(model, "{folder}")
+```"""
+    + FOUR_BITS,
 }
 UNTIE = """
 import torch
-model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-model.config.tie_word_embeddings = False  # the new words have output rows of their own"""
+head = model.get_output_embeddings()  # the new words have output rows of their own
+head.weight = torch.nn.Parameter(head.weight.detach().clone())
+for part in (model.config, model.config.get_text_config()):
+    part.tie_word_embeddings = False"""
 # What an export may have left in a folder that --force writes into; a loader would mix them up.
 STALE = ("model*.safetensors*", "adapter_*", "rows.*", "config.json", "generation_config.json")
 LIBRARIES = {"rows": None, "merged": "transformers", "peft": "peft"}
 
 
 def export(
-    run_dir: Path, out: Path, form: str, force: bool, base: str | None, step: int | None
-) -> None:
-    """Write what was learnt to OUT, with a model card.
+    run_dir: Path, out: Path, form: str, force: bool, base: str | None, step: int | str | None,
+    push: str | None,
+) -> None:  # fmt: skip
+    """Write what was learnt to OUT, with a model card, and send it to the hub as the repo `push`.
 
-    Everything is written beside OUT first and then put in place file by file. Files that are in
-    OUT are written over only with `force`.
+    All is written beside OUT first. Files that are in OUT are written over only with `force`.
     """
+    if push:
+        check_login(push)
     out, sentry = out.resolve(), newest_sentry(run_dir, step)
-    config = config_with_base(sentry.state["config"], base)
+    config = config_with_base(sentry.state["config"], base, run_dir)
     if out.is_dir() and any(out.iterdir()) and not force:
         raise UserError(f"{out}: holds files; give another folder, or --force to write over them")
     if out in (run_dir.resolve(), Path(config.model_name).resolve()):
@@ -688,18 +836,66 @@ def export(
             own = shutil.ignore_patterns("report.json", "words.tsv")  # paths of this machine
             shutil.copytree(run_dir / "tokenizer", part, ignore=own, dirs_exist_ok=True)
         write = {"rows": export_rows, "peft": export_peft, "merged": export_merged}[form]
-        loading = LOADING[form].format(folder=out.name, **write(sentry, config, part))
+        facts = write(sentry, config, part)
+        loading = LOADING[facts.get("loading", form)].format(folder=push or out.name, **facts)
+        checked = "" if form == "rows" else f" ({check_export(form, part, sentry, config)})"
         shutil.copy(sentry.path / "words.txt", part)
         card = model_card(sentry, config, loading, LIBRARIES[form])
         (part / "README.md").write_text(card, encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
         for stale in (path for pattern in STALE for path in out.glob(pattern)):
             stale.unlink()
-        for path in part.iterdir():
-            path.replace(out / path.name)
+        for name in (names := sorted(path.name for path in part.iterdir())):
+            (part / name).replace(out / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"step {sentry.step:,} as {form}: {out}")
+    print(f"step {sentry.step:,} as {form}: {out}{checked}")
+    if push:
+        upload(out, names, push, f"Step {sentry.step:,} as {form}")
+
+
+@contextlib.contextmanager
+def hub_errors_in_one_line() -> Iterator[None]:
+    """Turn what the hub and the network refuse into a UserError."""
+    from huggingface_hub import errors
+
+    network = errors.HfHubHTTPError.__bases__[0]  # httpx's base of all errors, or requests'
+    try:
+        yield
+    except (OSError, network, errors.HFValidationError) as error:
+        raise UserError(f"--push: {one_line(error)}") from error
+
+
+def check_login(repo: str) -> None:
+    """Ask the hub who is logged in, before minutes are spent on files. Raises: UserError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    with hub_errors_in_one_line():
+        validate_repo_id(repo)
+        HfApi().whoami()
+
+
+def upload(out: Path, names: list[str], repo: str, message: str) -> None:
+    """Show what is sent, and send it: the files of this export alone. Raises: UserError."""
+    from huggingface_hub import HfApi
+
+    print(f"to the hub as {repo}, private if it is new:")
+    for name in names:
+        print(f"  {size_text((out / name).stat().st_size):>8}  {name}", flush=True)
+    with hub_errors_in_one_line():
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+        commit = HfApi().upload_folder(
+            repo_id=repo, folder_path=out, allow_patterns=names, commit_message=message
+        )
+    print(commit.commit_url)
+
+
+def size_text(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
 
 
 def export_rows(sentry: Sentry, config: Config, part: Path) -> dict:
@@ -708,7 +904,9 @@ def export_rows(sentry: Sentry, config: Config, part: Path) -> dict:
     words = (sentry.path / "words.txt").read_text(encoding="utf-8").split()
     names = ("model_name", "model_revision", "step", "first_new_id", "num_new_tokens")
     facts = {name: sentry.state[name] for name in names}
-    facts["words"] = {word: i for i, word in enumerate(words, facts["first_new_id"])}
+    facts["words"], facts["second_forms"] = {}, {}
+    for i, word in enumerate(words, facts["first_new_id"]):
+        facts["second_forms" if word in facts["words"] else "words"][word] = i
     write_json(part / "rows.json", facts)
     return {}
 
@@ -719,22 +917,37 @@ def export_peft(sentry: Sentry, config: Config, part: Path) -> dict:
     Its tensors are named "delta" and hold the rows themselves (peft 0.21, tuners/trainable_tokens).
     """
     rows, state, base = trained_rows(sentry), sentry.state, base_tables(config)
-    separate, size = "output_rows" in rows, state["first_new_id"] + state["num_new_tokens"]
-    modules = {base.embedding.removesuffix(".weight"): rows["input_rows"]}
+    first, size = state["first_new_id"], state["first_new_id"] + state["num_new_tokens"]
+    if (base.head or "").removesuffix("weight") + "bias" in base.weight_map:
+        raise UserError(
+            "export: the model's head has a bias, which PEFT's trainable tokens leave out; use"
+            " --format merged"
+        )
+    separate = "output_rows" in rows
+    modules = {base.embedding_path: (base.embedding, rows["input_rows"])}
     if separate or not base.tied:
-        head = (base.head or "lm_head.weight").removesuffix(".weight")
-        # A copy, because safetensors refuses to write the same memory under two names.
-        modules[head] = rows["output_rows"] if separate else rows["input_rows"].clone()
-    tensors = {f"base_model.model.{n}.trainable_tokens_delta": r for n, r in modules.items()}
+        table = base.embedding if base.tied else base.head
+        modules[base.head_path] = table, rows["output_rows" if separate else "input_rows"]
+    tensors = {}
+    for path, (name, new) in modules.items():
+        table = base.table(name, first)
+        # A copy for each side, because safetensors refuses to write the same memory twice.
+        rows = longer_table(new[:0], new, first - len(table))
+        tensors[f"base_model.model.{path}.trainable_tokens_delta"] = rows
     save_tensors(tensors, part / "adapter_model.safetensors")
     write_json(part / "adapter_config.json", {
         "peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": state["model_name"], "revision": state["model_revision"],
-        "target_modules": [name.rpartition(".")[2] for name in modules], "init_weights": True,
-        "token_indices": list(range(state["first_new_id"], size)),
+        "target_modules": list(modules), "init_weights": True,
+        "token_indices": list(range(len(table), size)),
     })  # fmt: skip
-    untie = UNTIE if base.tied and separate else ""
-    return {"model": state["model_name"], "size": size, "untie": untie}
+    auto, untie = auto_class(config).__name__, UNTIE if base.tied and separate else ""
+    # AutoPeftModelForCausalLM brings the base to the right size; it unties no head.
+    loading = "peft" if auto == "AutoModelForCausalLM" and not untie else "resized peft"
+    return {
+        "model": state["model_name"], "size": size, "auto": auto, "untie": untie,
+        "loading": loading,
+    }  # fmt: skip
 
 
 def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
@@ -756,26 +969,122 @@ def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
         new_rows[head] = rows["output_rows" if separate else "input_rows"]
     total_size, shards = 0, sorted(set(weight_map.values()))
     for shard in shards:
-        with open_tensors(base_file(config, shard)) as stored:
-            tensors = stored.get_tensors()  # mapped, and written without being loaded
+        tensors = dict(mapped_tensors(base_file(config, shard)))  # written without being loaded
         for name in (name for name in new_rows if weight_map[name] == shard):
-            table = base.table(base.embedding if base.tied else name, first)
-            tensors[name] = torch.cat([table, new_rows[name].to(table.dtype)])
-        save_tensors(tensors, part / shard)
+            table, new = base.table(base.embedding if base.tied else name, first), new_rows[name]
+            tensors[name] = longer_table(table, new, first)
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if bias in tensors:
+                tensors[bias] = longer_table(tensors[bias][:first], new.new_zeros(len(new)), first)
+        save_tensors(tensors, part / safetensors_name(shard))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
+        weight_map = {name: safetensors_name(shard) for name, shard in weight_map.items()}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(part / "model.safetensors.index.json", index)
-    facts = {"vocab_size": first + sentry.state["num_new_tokens"]}
-    facts["tie_word_embeddings"] = base.tied and not separate
     settings = read_json(base_file(config, "config.json"))
-    for section in (settings, settings.get("text_config", {})):
-        if "vocab_size" in section:
-            section |= facts
+    text = settings.get("text_config", settings)  # a section of its own in Gemma 3 4B
+    text["vocab_size"] = first + sentry.state["num_new_tokens"]
+    for section in (settings, text):
+        section["tie_word_embeddings"] = base.tied and not separate
     write_json(part / "config.json", settings)
     if (generation := base_file(config, "generation_config.json")).is_file():
         shutil.copy(generation, part)
-    return {}
+    return {"auto": auto_class(config).__name__}
+
+
+def longer_table(table: Tensor, new_rows: Tensor, first_new_id: int) -> Tensor:
+    """Put new rows behind the base's, in its dtype; ids that the base has no row for get zeros."""
+    missing = table.new_zeros(first_new_id - len(table), *table.shape[1:])
+    return torch.cat([table, missing, new_rows.to(table.dtype)])
+
+
+def safetensors_name(shard: str) -> str:
+    return shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+
+
+@torch.no_grad()
+def check_export(form: str, part: Path, sentry: Sentry, config: Config) -> str:
+    """Load an export back and compare it with the overlay over the base -> what was compared.
+
+    What is compared are the logits of sixteen tokens, base tokens and new words, on the CPU and in
+    the dtype of the files. If they cannot be computed here, the rows are read back by their names.
+    Raises: UserError if the export computes something else, or if it cannot be loaded
+    """
+    rows, first = trained_rows(sentry), sentry.state["first_new_id"]
+    if reason := why_not_loaded(form, config):
+        compare_rows(form, part, rows, base_tables(config))
+        return f"its rows were read back, and no logits compared: {reason}"
+    try:
+        found_by = load_export(form, part, sentry, config).eval()
+    except Exception as error:  # a model's own code may raise anything
+        raise UserError(f"export: it cannot be loaded back: {one_line(error)}") from error
+    base = load_stored(config, config.model_name, revision=config.model_revision).eval()
+    overlay = WakeOverlay(base, first, rows["input_rows"], rows.get("output_rows"))
+    ids = overlay.spread_ids(16)  # (1, 16)
+    found = found_by(input_ids=ids).logits.float()  # before the overlay, as they may share parts
+    overlay.install()
+    wanted = base(input_ids=ids).logits.float()
+    known = wanted.isfinite()  # all but the ids that the base's table has no row for
+    difference = (wanted - found)[known].abs().max() / wanted[known].abs().max()
+    if not difference <= (1e-4 if overlay.dtype == torch.float32 else 2e-2):
+        raise UserError(
+            f"export: its logits differ from those of training by {difference:.2g} of the largest"
+        )
+    return "loaded back: its logits are those of training"
+
+
+def load_stored(config: Config, name: str | Path, **settings):
+    """Load a model folder with plain transformers, on the CPU in the dtype of its files."""
+    hide_bars_in_logs()
+    settings["trust_remote_code"] = config.trust_remote_code
+    return auto_class(config).from_pretrained(name, dtype="auto", **settings)
+
+
+def load_export(form: str, part: Path, sentry: Sentry, config: Config):
+    """Load an export as its card says."""
+    if form == "merged":
+        return load_stored(config, part)
+    from peft import PeftModel
+
+    first, num = sentry.state["first_new_id"], sentry.state["num_new_tokens"]
+    model = load_stored(config, config.model_name, revision=config.model_revision)
+    if is_tied(model) and "output_rows" in trained_rows(sentry):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        for settings in (model.config, model.config.get_text_config()):
+            settings.tie_word_embeddings = False
+    model.resize_token_embeddings(first + num, mean_resizing=False)
+    return PeftModel.from_pretrained(model, part)
+
+
+def why_not_loaded(form: str, config: Config) -> str:
+    """Say why an export cannot be loaded back on this machine, or "" if it can."""
+    if form == "peft" and not installed_version("peft"):
+        return "peft is not installed"
+    if "quantization_config" in read_json(base_file(config, "config.json")):
+        return "the base model is stored quantized"
+    files = {base_file(config, name) for name in weight_files(config).values()}
+    need = 1.3 * sum(path.stat().st_size for path in files)  # one model at a time is in memory
+    free = psutil.virtual_memory().available
+    return f"that takes {need / GIB:.1f} GiB, and {free / GIB:.1f} are free" if need > free else ""
+
+
+def compare_rows(form: str, part: Path, rows: dict[str, Tensor], base: BaseTables) -> None:
+    """Raise a UserError if an export does not hold the rows where its loader looks for them."""
+    names = [base.embedding, base.head or "lm_head.weight"]
+    if form == "peft":
+        paths = base.embedding_path, base.head_path
+        names = [f"base_model.model.{path}.trainable_tokens_delta" for path in paths]
+    tensors = {}
+    for path in part.glob("*.safetensors"):
+        tensors |= mapped_tensors(path)
+    for name, side in zip(names, ("input_rows", "output_rows")):
+        wanted = rows.get(side)
+        if wanted is not None and not torch.equal(
+            tensors[name][-len(wanted) :], wanted.to(tensors[name].dtype)
+        ):
+            raise UserError(f"export: {name} does not hold the {side} that were trained")
 
 
 def model_card(sentry: Sentry, config: Config, loading: str, library: str | None) -> str:
@@ -847,7 +1156,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def neighbours(
-    run_dir: Path, asked: list[str], num: int, base: str | None, step: int | None
+    run_dir: Path, asked: list[str], num: int, base: str | None, step: int | str | None
 ) -> None:
     """Print what stands nearest to each word (default: the five that moved most).
 
@@ -857,11 +1166,12 @@ def neighbours(
     sentry, new = newest_sentry(run_dir, step), saved_words(run_dir)
     if unknown := [word for word in asked if word not in new.words]:
         raise UserError(*(f"{word!r}: no new word of {run_dir}" for word in unknown))
-    config = config_with_base(sentry.state["config"], base)
+    config = config_with_base(sentry.state["config"], base, run_dir)
     tables = base_tables(config)
     table = tables.table(tables.embedding, new.first_new_id)
-    before = starting_rows(table, new.spellings, config)
-    after = trained_rows(sentry)["input_rows"]
+    # One row stands for a word here, that of its first form.
+    before = starting_rows(table, new.spellings[: new.num_words], config)
+    after = trained_rows(sentry)["input_rows"][: new.num_words]
     moves = (after - before).norm(dim=1)
     moved = moves.argsort(descending=True)[:num].tolist()
     print(f"step {sentry.step:,}\n")
@@ -936,10 +1246,10 @@ class TextStream:
         self.show(piece)
 
 
-def mark_new_words(ids: list[int], words: NewWords) -> str:
+def mark_new_words(ids: list[int], tokenizer: Tokenizer, first_new_id: float) -> str:
     """Decode ids, and put ** around every new word."""
     pieces = []
-    stream = TextStream(words.tokenizer, words.first_new_id, ("**", "**"), pieces.append)
+    stream = TextStream(tokenizer, first_new_id, ("**", "**"), pieces.append)
     stream.put(torch.tensor(ids))
     stream.end()
     return "".join(pieces)
@@ -972,9 +1282,32 @@ def print_text(
     return stream.text
 
 
+@contextlib.contextmanager
+def untouched_model(overlay: WakeOverlay) -> Iterator:
+    """Lend the model as it was, with its own head. The overlay looks all ids up in the model's own
+    table meanwhile, because on a GPU that table may lie on the host."""
+    model, head = overlay.model, overlay.model.get_output_embeddings()
+    first, overlay.first_new_id = overlay.first_new_id, overlay.base_vocab_size
+    model.set_output_embeddings(overlay.head)
+    overlay.set_vocab_size(overlay.base_vocab_size)
+    try:
+        yield model
+    finally:
+        overlay.first_new_id = first
+        model.set_output_embeddings(head)
+        overlay.set_vocab_size(overlay.vocab_size)
+
+
+def in_notebook() -> bool:
+    """Say whether this process is a notebook's kernel; `!python` in a cell is a process of its
+    own."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 def asked_prompts() -> Iterator[str]:
     """Ask for one prompt after another until an empty line, the end of the input, or Ctrl-C."""
-    by_hand = sys.stdin.isatty() or "ipykernel" in sys.modules
+    by_hand = sys.stdin.isatty() or in_notebook()
     try:
         while prompt := input("prompt, or Enter to end: " if by_hand else ""):
             yield prompt
@@ -984,7 +1317,7 @@ def asked_prompts() -> Iterator[str]:
 
 
 def generate(
-    run_dir: Path | str, prompt: str | None = None, *, step: int | None = None,
+    run_dir: Path | str, prompt: str | None = None, *, step: int | str | None = None,
     temperature: float = 1.0, top_p: float = 0.95, max_new_tokens: int = 200,
     seed: int | None = None, base_model_too: bool = False, base: str | None = None,
 ) -> str:  # fmt: skip
@@ -997,7 +1330,7 @@ def generate(
         what = "temperature is at least 0, top_p above 0 and at most 1, max_new_tokens at least 1"
         raise UserError(f"generate: {what}")
     sentry, new = newest_sentry(Path(run_dir), step), saved_words(Path(run_dir))
-    config, text = config_with_base(sentry.state["config"], base), ""
+    config, text = config_with_base(sentry.state["config"], base, Path(run_dir)), ""
     base_file(config, "config.json")  # the line that says what to do if there is no base
     seed = config.seed if seed is None else seed
     how = {"max_new_tokens": max_new_tokens, "top_p": top_p, "use_cache": True}
@@ -1007,17 +1340,36 @@ def generate(
         overlay = trained_overlay(sentry, config)
         for prompt in prompts:
             if base_model_too:
-                overlay.uninstall()
                 print("---- the untouched model")
-                print_text(overlay.model, base_tokenizer(config), math.inf, prompt, seed, **how)
+                with untouched_model(overlay) as model:
+                    print_text(model, base_tokenizer(config), math.inf, prompt, seed, **how)
                 print(f"---- step {sentry.step:,}")
-                overlay.install()
             model, first = overlay.model, new.first_new_id
             text = print_text(model, new.tokenizer, first, prompt, seed, **how)
     except torch.OutOfMemoryError as error:
         advice = "end what else uses the GPU, in a notebook by a restart of its kernel"
         raise UserError(f"out of GPU memory: {advice} ({one_line(error)})") from error
     return text
+
+
+def loading_line(config: Config) -> str:
+    """Say what is loaded, and how much of it must be downloaded first."""
+    name, folder = config.model_name, Path(config.model_name).expanduser()
+    if folder.is_dir():
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return f"loading {name}" + (f", {size_text(size)}{LOADING_TIME}" if size > 1e9 else "")
+    from huggingface_hub import errors, snapshot_download
+
+    if "dry_run" not in inspect.signature(snapshot_download).parameters:  # before 1.0
+        return f"loading {name}; what is not on this disk yet is downloaded first"
+    wanted = {"revision": config.model_revision, "allow_patterns": ["*.safetensors"]}
+    try:
+        files = snapshot_download(name, dry_run=True, **wanted)
+    except (OSError, errors.HFValidationError):  # no network: the loading itself says what is amiss
+        return f"loading {name}"
+    line = f"loading {name}, {size_text(sum(file.file_size for file in files))}{LOADING_TIME}"
+    missing = sum(file.file_size for file in files if file.will_download)
+    return f"{line}; {size_text(missing)} of it are downloaded first" if missing else line
 
 
 def trained_overlay(sentry: Sentry, config: Config) -> WakeOverlay:
@@ -1028,7 +1380,7 @@ def trained_overlay(sentry: Sentry, config: Config) -> WakeOverlay:
     if problems := check_environment(config.device, config.quantization):
         raise UserError(*problems)
     free_cached_memory()  # in a notebook, what an earlier run or call left
-    print(f"step {sentry.step:,}: loading {config.model_name}", file=sys.stderr, flush=True)
+    print(f"step {sentry.step:,}: {loading_line(config)}", file=sys.stderr, flush=True)
     rows = trained_rows(sentry)
     model = load_model(config, find_worker(config))
     first, output_rows = sentry.state["first_new_id"], rows.get("output_rows")
@@ -1043,17 +1395,17 @@ def trained_overlay(sentry: Sentry, config: Config) -> WakeOverlay:
 def import_seed(seed_file: Path, run_dir: Path, base: str | None) -> None:
     """Make a sentry in RUN_DIR/snapshots out of a file of the original notebooks.
 
-    The notebooks trained input rows alone, from the id wake_start on. All other rows that the
-    config asks for are as at step 0. The step number stays, so learning rate and data order go on
-    from it. The optimizer begins anew.
+    The notebooks trained input rows alone, from the id wake_start on. The second forms of words
+    take the rows of the first ones. All other rows that the config asks for are as at step 0. The
+    step number stays, so learning rate and data order go on from it. The optimizer begins anew.
     """
     settings = run_settings(run_dir)
     if not settings:
         raise UserError(f"{run_dir / 'config.yaml'}: missing; extend_tokenizer.py writes it")
     rows, step, start = read_seed(seed_file)
     new = saved_words(run_dir)
-    first, last = new.first_new_id, new.first_new_id + len(new.words) - 1
-    tensors = untrained_tensors(config_with_base(settings, base), new)
+    first, last = new.first_new_id, new.first_new_id + new.num_words - 1
+    tensors = untrained_tensors(config_with_base(settings, base, run_dir), new)
     width = tensors["input_rows"].shape[1]
     if start < first or rows.shape != (last + 1 - start, width):
         raise UserError(
@@ -1062,7 +1414,9 @@ def import_seed(seed_file: Path, run_dir: Path, base: str | None) -> None:
         )
     if sentry_folders(*sentry_folders_and_identity(run_dir)[0]):
         raise UserError(f"{run_dir}: has saves of its own; give a new run_dir")
-    tensors["input_rows"][start - first :] = rows
+    tensors["input_rows"][start - first : new.num_words] = rows
+    of_first_forms = [new.words.index(word) for word in new.words[new.num_words :]]
+    tensors["input_rows"][new.num_words :] = tensors["input_rows"][of_first_forms]
     state = {
         "step": step, "model_name": settings["model_name"],
         "model_revision": settings["model_revision"], "words_sha256": new.sha256,
@@ -1116,11 +1470,16 @@ def read_seed(seed_file: Path) -> tuple[Tensor, int, int]:
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def step_or_best(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def main(*argv: str) -> None:
     """Run one command. Raises: UserError, also for what the disk refuses."""
     commands = {
         "export": export, "generate": generate, "neighbours": neighbours, "import": import_seed,
     }  # fmt: skip
+    argv = [{"neighbors": "neighbours"}.get(text, text) for text in argv[:1]] + list(argv[1:])
     command = argv[0] if argv and argv[0] in commands else ""
     name, style = f"recover.py {command}".strip(), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=style)
@@ -1129,8 +1488,9 @@ def main(*argv: str) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     if command == "export":
         parser.add_argument("out", type=Path, metavar="OUT")
-        parser.add_argument("--format", dest="form", choices=LOADING, required=True)
+        parser.add_argument("--format", dest="form", choices=LIBRARIES, required=True)
         parser.add_argument("--force", action="store_true", help="write though OUT has files")
+        parser.add_argument("--push", metavar="NAME/REPO", help="to the hub; `hf auth login` first")
     if command == "neighbours":
         parser.add_argument("asked", nargs="*", metavar="word", help="default: the 5 most moved")
         parser.add_argument("--num", type=int, default=10, help="neighbours of each kind (10)")
@@ -1146,7 +1506,7 @@ def main(*argv: str) -> None:
         what = "first what the untouched model writes"
         parser.add_argument("--base-model-too", action="store_true", help=what)
     if command in ("export", "generate", "neighbours"):
-        parser.add_argument("--step", type=int, help="the sentry of this step (the newest)")
+        parser.add_argument("--step", type=step_or_best, help="a step, or best (the newest)")
     if command:
         parser.add_argument("--base", metavar="FOLDER", help="the base model, where it moved")
     arguments = vars(parser.parse_intermixed_args(argv[1:] if command else argv))
@@ -1157,4 +1517,5 @@ def main(*argv: str) -> None:
 
 
 if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(run_command(main, *sys.argv[1:]))

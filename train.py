@@ -16,9 +16,22 @@ step of 2,048 tokens takes 0.34 s on an H100 of which 14 GiB are used (2026-11-2
 docs/measurements.md).
 
 RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png, samples.md, snapshots/
-(whole saves on the local disk) and sentries/ (verified copies of them, or sentry_dir instead).
+(whole saves on the local disk) and sentries/ (the same files by hard links; or sentry_dir gets
+verified copies). A save is made every save_every steps, at the end, and at every evaluation with a
+new lowest held-out loss. Each folder keeps the newest keep_sentries and the one of the lowest loss.
 """
 
+import os
+import signal
+import sys
+
+# The imports take seconds. An exception by Ctrl-C would show a traceback, or be swallowed by torch
+# (2.13.0), after which numpy is broken. In a notebook the process must go on.
+if __name__ == "__main__" and "__file__" in globals():
+    if "IPython" not in sys.modules:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
+
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -26,12 +39,14 @@ import functools
 import hashlib
 import json
 import math
-import os
-import signal
-import sys
+import re
+import shlex
+import statistics
+import tempfile
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # If this file is pasted into a notebook below the others, their names are there already.
@@ -39,17 +54,18 @@ if "check_environment" not in globals():
     from env_shim import apply, check_environment, installed_version
 if "UserError" not in globals():
     from config import (
-        Config, UserError, command_line_parser, load_config, replacing, run_command, write_config,
-        write_text,
+        Config, UserError, command_line_parser, load_config,
+        parse_command_line, replacing, run_command, write_config, write_text,
     )  # fmt: skip
 if "NewWords" not in globals():
     from extend_tokenizer import (
-        NewWords, base_tokenizer, extend, format_report, new_words_hash,
-        plan_new_words, read_corpus, save_new_words,
+        LEAD, NewWords, Tokenizer, base_tokenizer, encode_pieces, extend, format_report,
+        new_words_hash, pieces, plan_new_words, read_corpus, save_new_words,
     )  # fmt: skip
 
 SAMPLE_TOKENS = 48  # length of the continuation of each prompt
 SLOW_START_NOTICE_SECONDS = 30.0  # a mounted Drive may hang while the saves are read
+SLOW_LOOP_SECONDS = 2.0  # an evaluation that takes longer shows that it goes on
 
 # ---- Before torch is imported --------------------------------------------------------------------
 
@@ -61,7 +77,7 @@ def parse_arguments(argv: list[str]):
     parser.add_argument("--fresh", action="store_true", help=what)
     what = "continue from the sentry of this step and no other"
     parser.add_argument("--step", type=int, help=what)
-    return parser.parse_intermixed_args(argv)
+    return parse_command_line(parser, argv)
 
 
 def check_start(arguments) -> None:
@@ -80,12 +96,13 @@ if __name__ == "__main__" and "__file__" in globals():
         raise SystemExit(1)
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 if "WakeOverlay" not in globals():
     from overlay import (
-        FLOAT16_LOSS_SCALE, LossScale, Optimizer, WakeOverlay, dense_weight, is_tied, output_mode,
-        sharing_matrices, starting_rows,
+        FLOAT16_LOSS_SCALE, LossScale, Optimizer, WakeOverlay, check_ids, check_model, dense_weight,
+        is_tied, output_mode, sharing_matrices, starting_rows,
     )  # fmt: skip
 if "Worker" not in globals():
     from machine import (
@@ -96,7 +113,9 @@ if "Worker" not in globals():
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
-        Sentry, SentryWriter, continue_prompt, load_file, mark_new_words, pick_sentry, set_aside,
+        MARKER, NOT_KNOWN, Sentry, SentryWriter, by_held_out_loss, continue_prompt, export_problems,
+        in_notebook, load_file, loading_line, mark_new_words, pick_sentry, read_marker,
+        sentry_folders, set_aside, untouched_model,
     )  # fmt: skip
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -138,6 +157,16 @@ def split_text(text: str, val_fraction: float, parts: int = 10) -> tuple[str, st
     return "".join(pieces[0::2]), "".join(pieces[1::2])
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
+    """Return the ids of a text and where each ends in it, in characters: (tokens,) int64 each."""
+    ids, ends, start, parts = [], [], 0, pieces(text)
+    for part, (part_ids, offsets) in zip(parts, encode_pieces(tokenizer, parts)):
+        ids.append(torch.tensor(part_ids))
+        ends.append(torch.tensor([end for _, end in offsets]) + start - (len(LEAD) if start else 0))
+        start += len(part)
+    return torch.cat(ids), torch.cat(ends)
+
+
 def load_data(config: Config, words: NewWords, texts: list[str]) -> Data:
     """Split and tokenize the corpus; texts: what read_corpus returned.
 
@@ -147,20 +176,20 @@ def load_data(config: Config, words: NewWords, texts: list[str]) -> Data:
     halves = [split_text(text, config.val_fraction) for text in texts]
     train_text, val_text = ("".join(half) for half in zip(*halves))
     # No BOS inside the streams: `sequences` puts one before each sequence if the base wants it.
-    train = words.tokenizer.encode(train_text, add_special_tokens=False)
-    val = words.tokenizer.encode(val_text, add_special_tokens=False)
+    train, _ = encode_text(words.tokenizer, train_text)
+    val, val_ends = encode_text(words.tokenizer, val_text)
     for name, stream, change in (
         ("train", train, "give more text"), ("val", val, "raise val_fraction"),
     ):  # fmt: skip
-        if len(stream.ids) <= config.seq_len:
+        if len(stream) <= config.seq_len:
             raise UserError(
-                f"corpus: the {name} text has {len(stream.ids)} tokens, fewer than a sequence of"
+                f"corpus: the {name} text has {len(stream)} tokens, fewer than a sequence of"
                 f" {config.seq_len} and its last target; {change} or lower seq_len"
             )
     return Data(
-        train=torch.tensor(train.ids),
-        val=torch.tensor(val.ids),
-        val_ends=torch.tensor([end for _, end in val.offsets]),
+        train=train,
+        val=val,
+        val_ends=val_ends,
         val_text=val_text,
         bos_id=words.bos_id,
         sha256=hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest(),
@@ -214,7 +243,11 @@ def build_overlay(config: Config, worker: Worker, words: NewWords, continuing: b
     save over them. Computing the means of the 14B would take 3 s on two CPU cores.
     """
     model = load_model(config, worker)
-    mode = output_mode(config.output_rows, is_tied(model.config))
+    check_model(model, words.first_new_id)
+    check_ids(model, words.first_new_id, torch.tensor([i for ids in words.spellings for i in ids]))
+    for problem in export_problems(config, model) if worker.rank == 0 else []:
+        worker.say(f"warning: {problem}")
+    mode = output_mode(config.output_rows, is_tied(model))
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     rows = []  # (N, H) for the input side and, unless the sides share them, for the output side
     for module in modules[: 1 if mode == "shared" else 2]:
@@ -252,12 +285,15 @@ def prepare_step(
 
 
 def learning_rate_at(step: int, config: Config) -> float:
-    """Rise linearly to the peak at warmup_ratio x max_steps, then fall as a cosine to 0."""
+    """Rise linearly to the peak at warmup_ratio x max_steps, then fall as a cosine.
+
+    The cosine would reach 0 one step after the last one, so that every step trains.
+    """
     warmup_steps = round(config.warmup_ratio * config.max_steps)  # 0 if there is no warm-up
     if step <= warmup_steps:
         return config.learning_rate * step / warmup_steps
-    share = (step - warmup_steps) / max(config.max_steps - warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    share = (step - warmup_steps) / (config.max_steps + 1 - warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def check_finite(step: int, loss: float, norm: float, batch: StepBatch) -> None:
@@ -274,11 +310,34 @@ def check_finite(step: int, loss: float, norm: float, batch: StepBatch) -> None:
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
-def my_micro_batches(num_sequences: int, micro_batch_size: int, worker: Worker) -> Iterator[range]:
-    """Yield the numbers of this process's held-out sequences, one micro-batch at a time."""
+def has_bar(worker: Worker) -> bool:
+    """Say whether this process draws bars: the first one, on a terminal or in a notebook."""
+    return worker.rank == 0 and (sys.stderr.isatty() or in_notebook())
+
+
+def shown(items: Sequence, what: str, worker: Worker) -> Iterator:
+    """Yield the items; if that takes long, show `what` by a bar, or by one line where none is."""
+    if has_bar(worker):
+        from tqdm.auto import tqdm
+
+        # At the place of the bar of the steps, which is not drawn meanwhile.
+        yield from tqdm(
+            items, what, delay=SLOW_LOOP_SECONDS, mininterval=1, leave=False, position=0
+        )
+        return
+    began, said = time.monotonic(), False
+    for number, item in enumerate(items):
+        if not said and time.monotonic() - began > SLOW_LOOP_SECONDS:
+            worker.say(f"{what}: {number} of {len(items)}")
+            said = True
+        yield item
+
+
+def my_micro_batches(num_sequences: int, micro_batch_size: int, worker: Worker) -> list[range]:
+    """List the numbers of this process's held-out sequences, one micro-batch at a time."""
     first, end = (num_sequences * r // worker.world_size for r in (worker.rank, worker.rank + 1))
-    for start in range(first, end, micro_batch_size):
-        yield range(start, min(start + micro_batch_size, end))
+    starts = range(first, end, micro_batch_size)
+    return [range(start, min(start + micro_batch_size, end)) for start in starts]
 
 
 def count_held_out_bytes(data: Data, seq_len: int) -> int:
@@ -303,7 +362,8 @@ def held_out_loss(
     num_sequences = count_sequences(data.val, config.seq_len)
     # Sums in float64: a book has 100,000 targets, and fp32 would lose their last digits.
     sums = torch.zeros(2, 2, dtype=torch.float64)  # (ordinary, new) targets x (nats, count)
-    for numbers in my_micro_batches(num_sequences, micro_batch_size, worker):
+    batches = my_micro_batches(num_sequences, micro_batch_size, worker)
+    for numbers in shown(batches, "evaluating", worker):
         x, y = sequences(data.val, torch.tensor(numbers), config.seq_len, data.bos_id)
         hidden = overlay.body(inputs_embeds=overlay.embed(x), use_cache=False).last_hidden_state
         losses = overlay.loss(hidden, y)[0].double().cpu()  # (B, T)
@@ -335,7 +395,8 @@ def base_bits_per_byte(
     ends, seq_len = data.val_ends.tolist(), config.seq_len
     num_sequences = count_sequences(data.val, seq_len)
     total = torch.zeros(1, dtype=torch.float64)
-    for numbers in my_micro_batches(num_sequences, micro_batch_size, worker):
+    batches = my_micro_batches(num_sequences, micro_batch_size, worker)
+    for numbers in shown(batches, "evaluating the base model", worker):
         pairs = [
             base_sequence(tokenizer, data, ends, number * seq_len, seq_len) for number in numbers
         ]
@@ -359,26 +420,44 @@ def base_sequence(
 
     The text of that sequence's first token is context and no target, as in our own sequences.
     """
-    # middle: where our first token ends. Without a BOS its text is the base model's context.
-    middle, context = ends[first], ""
-    if data.bos_id is None:
-        context = data.val_text[ends[first - 1] if first else 0 : middle]
-    text = context + data.val_text[middle : ends[first + seq_len]]
+    # Our first token's text is encoded too, because some tokenizers put a space before a text.
+    start, middle = ends[first - 1] if first else 0, ends[first]
+    text = data.val_text[start : ends[first + seq_len]]
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = zip(encoding.ids, encoding.offsets)
-    targets = [i if end > len(context) else -100 for i, (_, end) in spans]
+    targets = [i if end > middle - start else -100 for i, (_, end) in spans]
     if data.bos_id is None:
         return encoding.ids[:-1], targets[1:]
-    return [data.bos_id, *encoding.ids[:-1]], targets
+    targets = [i for i in targets if i >= 0]  # a BOS stands in the place of the first token
+    return [data.bos_id, *targets[:-1]], targets
 
 
-def sample(model, config: Config, words: NewWords) -> list[str]:
-    """Continue each prompt with random numbers from the seed alone, and mark new words **so**."""
-    texts, how = [], {"max_new_tokens": SAMPLE_TOKENS, "top_p": 0.95, "top_k": 0}
-    for prompt in config.prompts:
-        ids = continue_prompt(model, words.tokenizer, prompt, config.seed, **how)
-        texts.append(mark_new_words(ids, words))
-    return texts
+def sample(
+    model, tokenizer: Tokenizer, first_new_id: float, config: Config, worker: Worker
+) -> tuple[list[str], float]:
+    """Continue each prompt -> the texts, new words marked **so**, and their share of the tokens.
+
+    The random numbers come from the seed alone, so at every evaluation they are the same.
+    """
+    texts, new, how = [], [], {"max_new_tokens": SAMPLE_TOKENS, "top_p": 0.95, "top_k": 0}
+    for prompt in shown(config.prompts, "continuing the prompts", worker):
+        ids = continue_prompt(model, tokenizer, prompt, config.seed, **how)
+        texts.append(mark_new_words(ids, tokenizer, first_new_id))
+        new += [token >= first_new_id for token in ids[len(tokenizer.encode(prompt).ids) :]]
+    return texts, sum(new) / max(len(new), 1)
+
+
+def sample_section(title: str, texts: list[str], remark: str = "") -> str:
+    """Make a section of samples.md."""
+    return f"## {title}\n\n{remark}" + "".join(f"> {' '.join(t.split())}\n\n" for t in texts)
+
+
+def first_samples(samples: str) -> list[tuple[str, str]]:
+    """List (title, first text) of the first and of the last section of samples.md."""
+    # A model may write control characters, and a terminal would obey them.
+    samples = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in samples)
+    found = re.findall(r"^## (.+?)$.*?^> (.+?)$", samples, re.MULTILINE | re.DOTALL)
+    return [found[0], found[-1]] if len(found) > 1 else found
 
 
 # ---- Records -------------------------------------------------------------------------------------
@@ -446,6 +525,7 @@ class Records:
     lines: list[str] = dataclasses.field(default_factory=list)
     samples: str = ""
     board: object = None
+    picture: object = None  # the plot in a notebook
 
     def __post_init__(self):
         write_text(self.folder / "metrics.jsonl", "".join(self.lines))
@@ -472,37 +552,77 @@ class Records:
         if record["kind"] == "eval":
             self.draw()
 
+    def last_evaluation(self) -> dict:
+        return next((r for r in reversed(self.parsed()) if r["kind"] == "eval"), {})
+
     def draw(self) -> None:
         records = self.parsed()
         write_text(self.folder / "loss_table.md", loss_table(records))
         plot_losses(records, self.folder / "loss.png")
+        if in_notebook():
+            from IPython.display import Image, display
 
-    def add_samples(self, step: int, texts: list[str]) -> None:
-        quotes = [f"> {' '.join(text.split())}\n\n" for text in texts]
-        self.samples += f"## Step {step}\n\n" + "".join(quotes)
+            plot = Image((self.folder / "loss.png").read_bytes())
+            if self.picture:
+                self.picture.update(plot)
+            else:
+                self.picture = display(plot, display_id=True)
+
+    def show_texts(self) -> None:
+        """Display the table and the samples in a notebook, where the plot is shown already."""
+        if in_notebook():
+            from IPython.display import Markdown, display
+
+            display(Markdown(f"{loss_table(self.parsed())}\n{self.samples}"))
+
+    def add_samples(self, section: str) -> None:
+        self.samples += section
         write_text(self.folder / "samples.md", self.samples)
 
 
 class Progress:
-    """This prints process 0's lines, and below them a bar on a terminal or in a notebook."""
+    """This prints process 0's lines, and below them a bar on a terminal or in a notebook.
+
+    The time left counts the steps, evaluations and saves that are still to come, each with what the
+    last ones took.
+    """
 
     def __init__(self, worker: Worker, config: Config, first_step: int):
-        self.worker, self.config, self.first_step = worker, config, first_step
-        self.began, self.bar = time.monotonic(), None
-        if worker.rank == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        self.worker, self.config, self.bar = worker, config, None
+        self.recent = collections.deque(maxlen=20)  # seconds of the last steps
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": 0.0}
+        if has_bar(worker):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(initial=first_step, total=config.max_steps, mininterval=2, unit="step")
+            self.bar = tqdm(
+                initial=first_step, total=config.max_steps, mininterval=2, unit="step",
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )  # fmt: skip
 
-    def step(self, step: int, line: str) -> None:
+    def timed(self, what: str, call: Callable):
+        """Call and return; the next one of its kind is expected to take as long."""
+        began = time.monotonic()
+        result = call()
+        self.seconds[what] = time.monotonic() - began
+        return result
+
+    def left(self, step: int) -> datetime.timedelta:
+        """Estimate the time after a step; its own evaluation and save are still to come."""
+        end, config = self.config.max_steps, self.config
+        seconds = (end - step) * self.seconds["step"]
+        for what, every in (("evaluation", config.eval_every), ("save", config.save_every)):
+            seconds += (math.ceil(end / every) - (step - 1) // every) * self.seconds[what]
+        return datetime.timedelta(seconds=round(seconds))
+
+    def step(self, step: int, line: str, seconds: float) -> None:
         """Count a step, and every log_every steps print its line with the time that is left."""
+        self.recent.append(seconds)
+        self.seconds["step"] = statistics.median(self.recent)  # the first step is a slow one
         if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.left(step)} left", refresh=False)
             self.bar.update()
         if step % self.config.log_every == 0 or step == self.config.max_steps:
-            # The time so far has evaluations and saves in it, so the estimate has them too.
-            a_step = (time.monotonic() - self.began) / (step - self.first_step)
-            left = datetime.timedelta(seconds=round(a_step * (self.config.max_steps - step)))
-            self.say(f"{line}  {left} left")
+            self.say(f"{line}  {self.left(step)} left")
 
     def say(self, text: str) -> None:
         """Print a line at once; the bar leaves the screen meanwhile."""
@@ -511,27 +631,58 @@ class Progress:
 
     def close(self) -> None:
         if self.bar is not None:
+            self.bar.set_postfix_str("")  # nothing is left
             self.bar.close()
 
 
-def step_line(record: dict, run: "Run") -> str:
-    bits = f"  {run.val_bits_per_byte:.3f} bits/byte held out" if run.val_bits_per_byte else ""
-    peak = f"  peak {record['peak_vram_gib']:.1f} GiB" if "peak_vram_gib" in record else ""
+# The lines of steps and evaluations have less than 80 columns, so that no terminal wraps them.
+
+
+def step_line(record: dict, max_steps: int) -> str:
+    peak = f"  {record['peak_vram_gib']:.1f} GiB" if "peak_vram_gib" in record else ""
     return (
-        f"step {record['step']}/{run.config.max_steps}  loss {record['loss']:.4f}{bits}"
-        f"  lr {record['learning_rate']:.2e}  {record['step_seconds']:.2f} s/step"
-        f"  {record['tokens_per_second']:,.0f} tokens/s{peak}"
+        f"step {record['step']}/{max_steps}  loss {record['loss']:.4f}"
+        f"  lr {record['learning_rate']:.1e}  {record['step_seconds']:.2f} s/step{peak}"
     )
 
 
 def eval_line(record: dict) -> str:
-    line = (
+    lines = [
         f"step {record['step']}  held-out loss {record['val_loss']:.4f}"
-        f" (uniform {record['uniform_loss']:.2f}; new words {record['val_loss_new_words']:.2f},"
-        f" others {record['val_loss_ordinary']:.2f})  {record['val_bits_per_byte']:.3f} bits/byte"
-        f" (base model {record['base_bits_per_byte']:.3f})"
-    )
-    return "\n".join([line, *(f"warning: {text}" for text in record["warnings"])])
+        f"  {record['val_bits_per_byte']:.3f} bits/byte"
+        f" (base model {record['base_bits_per_byte']:.3f})",
+        f"  new words {record['val_loss_new_words']:.2f}, others"
+        f" {record['val_loss_ordinary']:.2f}, blind guess {record['uniform_loss']:.2f}",
+    ]
+    return "\n".join([*lines, *(f"warning: {text}" for text in record["warnings"])])
+
+
+def what_bits_mean(trained: float, base: float) -> str:
+    """Say in words what bits per byte of text that was held out mean."""
+    less = 100 * (1 - trained / base)
+    meaning = f"the text surprises the trained model {less:.0f} % less than the untouched one"
+    if less < 0:
+        meaning = f"worse by {-less:.0f} %: do not use these rows; train longer, or on more text"
+    return f"bits per byte of held-out text: untouched {base:.3f}, trained {trained:.3f}: {meaning}"
+
+
+def closing_lines(run: "Run") -> str:
+    """Sum up a run: what was learnt, one text of both models, where all lies, how to go on."""
+    config, folder, last = run.config, shlex.quote(run.config.run_dir), run.evaluation
+    local, durable = save_folders(config)
+    best = next((path.name for path in by_held_out_loss(local, durable)), "none")
+    learnt = [what_bits_mean(last["val_bits_per_byte"], last["base_bits_per_byte"])]
+    for title, text in first_samples(run.records.samples):
+        learnt.append(f"{title}: {textwrap.shorten(text, 300, placeholder=' ...')}")
+    prompt = shlex.quote(config.prompts[0]) if config.prompts else '"a prompt"'
+    return "\n".join([
+        *(textwrap.fill(line, 79, subsequent_indent="    ") for line in learnt),
+        f"in {folder}: loss.png, loss_table.md, samples.md",
+        f"saves in {durable}, the best is {best}: --step best",
+        f"continue  python train.py {folder}/config.yaml max_steps={2 * run.step}",
+        f"generate  python recover.py generate {folder} {prompt}",
+        f"export    python recover.py export {folder} OUT --format merged",
+    ])  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -585,6 +736,40 @@ def lock_run(run_dir: Path):
         raise UserError(f"run_dir: {error}; give a folder that can be written") from None
 
 
+@contextlib.contextmanager
+def notice_if_slow(worker: Worker, text: str) -> Iterator[None]:
+    """Say `text` if the block hangs: a mounted Drive can for minutes, and a silent start looks like
+    a crash."""
+    timer = threading.Timer(SLOW_START_NOTICE_SECONDS, worker.say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def check_sentry_dir(config: Config) -> None:
+    """Raise a UserError if sentry_dir cannot take a save, before anything is loaded.
+
+    Its parent must be there. If a Drive is not mounted, the folder would be made on the local disk,
+    and the saves would be lost with the machine.
+    """
+    if config.sentry_dir:
+        folder = Path(config.sentry_dir)
+        if not folder.parent.is_dir():
+            raise UserError(
+                f"sentry_dir: {folder.parent} is missing, in which {folder.name} would be made;"
+                " mount the Drive, or make that folder"
+            )
+        try:
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"wake2vec")
+        except OSError as error:
+            raise UserError(f"sentry_dir: {error}; give a folder that can be written") from None
+
+
 def prepare_start(config: Config, worker: Worker, fresh: bool, step: int | None) -> Start:
     """Make words and data, and find the save to continue from.
 
@@ -593,15 +778,20 @@ def prepare_start(config: Config, worker: Worker, fresh: bool, step: int | None)
     are made, so a run that cannot start leaves the old one in place.
     Raises: UserError; the folder is then as it was
     """
+    if worker.rank == 0:
+        with notice_if_slow(worker, f"still waiting for {config.sentry_dir}"):
+            check_sentry_dir(config)
     texts = read_corpus(config)
     words = extend(config, texts, fresh)
     data = load_data(config, words, texts)
     if fresh and worker.rank == 0:
         start_over(config)
-    sentry = find_sentry(config, run_identity(config, words, data), worker, step)
+    sentry = find_sentry(config, words, data, worker, step)
     if worker.rank == 0:
         save_new_words(config, words)
-        write_config(config)
+        settings = Path(config.run_dir, "config.yaml")
+        if sentry is None or sentry.step < config.max_steps or not settings.exists():
+            write_config(config)  # a finished run keeps the settings that it was trained with
     worker.say(format_report(words.report))
     return Start(words, data, sentry)
 
@@ -632,23 +822,19 @@ def start_over(config: Config) -> None:
                 path.rename(aside / path.name)
 
 
-def find_sentry(config: Config, identity: dict, worker: Worker, step: int | None) -> Sentry | None:
+def find_sentry(
+    config: Config, words: NewWords, data: Data, worker: Worker, step: int | None
+) -> Sentry | None:
     """Find the save to continue from and announce it; process 0 puts every newer one aside."""
-    folders = save_folders(config)
+    folders, identity = save_folders(config), run_identity(config, words, data)
     wait = f"still waiting for {folders[1]}: the newest sentry may be there, so nothing starts yet"
-    # Reading a mounted Drive can hang for minutes, and a silent start looks like a crash.
-    slow = threading.Timer(SLOW_START_NOTICE_SECONDS, worker.say, [wait])
-    slow.daemon = True
-    slow.start()
-    try:
+    with notice_if_slow(worker, wait):
+        refuse_another_run(folders, step, config, words, identity)
         sentry, skipped = pick_sentry(folders, identity, step)
-    finally:
-        slow.cancel()
     for reason in skipped:
         worker.say(f"passed over: {reason}")
     if sentry is None:
         return None
-    compare_configs(sentry.state["config"], config)
     worker.say(f"continuing from {sentry.path}, step {sentry.step}")
     if (before := sentry.state["config"].get("max_steps")) not in (None, config.max_steps):
         worker.say(f"max_steps was {before}: from here the learning rate is that of the new one")
@@ -657,8 +843,30 @@ def find_sentry(config: Config, identity: dict, worker: Worker, step: int | None
     return sentry
 
 
-def compare_configs(old: dict, config: Config) -> None:
-    """Raise a UserError that names every key whose change would make this another training."""
+def refuse_another_run(
+    folders: list[Path], step: int | None, config: Config, words: NewWords, identity: dict
+) -> None:
+    """Raise a UserError that names all that the newest save does not share with this run."""
+    for number, path in sentry_folders(*folders):
+        if step not in (None, number) or not (path / MARKER).is_file():
+            continue
+        try:
+            state, _ = read_marker(path)
+        except UserError:
+            continue  # damaged: `pick_sentry` names it
+        problems = changed_keys(state.get("config", {}), config)
+        if state.get("words_sha256") not in (identity["words_sha256"], NOT_KNOWN):
+            problems.append(lexicon_change(path / "words.txt", words.words))
+        if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
+            problems.append("corpus: its text is not the one that the run was started with")
+        if problems:
+            advice = "put these keys back to continue, or start over with --fresh (the old run is"
+            raise UserError(*problems, f"{advice} kept aside)")
+        return
+
+
+def changed_keys(old: dict, config: Config) -> list[str]:
+    """Name every key whose change would make this another training."""
     new, problems = as_json(config), []
     for field in dataclasses.fields(config):
         before = old.get(field.name, field.metadata.get("before"))
@@ -666,9 +874,15 @@ def compare_configs(old: dict, config: Config) -> None:
             problems.append(
                 f"{field.name}: the run was started with {before!r}, now it is {new[field.name]!r}"
             )
-    if problems:
-        advice = "put these keys back to continue, or start over with --fresh (the old run is kept"
-        raise UserError(*problems, f"{advice} aside)")
+    return problems
+
+
+def lexicon_change(path: Path, words: list[str]) -> str:
+    """Say how many words differ from those of a save."""
+    before = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    added, gone = set(words) - set(before), set(before) - set(words)
+    ids = "" if added or gone else "; the same words have other ids"
+    return f"the lexicon changed: {len(added):,} words added, {len(gone):,} gone{ids}"
 
 
 def load_rows(optimizer: Optimizer, sentry: Sentry) -> None:
@@ -720,7 +934,7 @@ class Run:
     optimizer_step: int  # less than step if the run was imported, as its optimizer began anew
     best_val_loss: float
     base_bits_per_byte: float | None
-    val_bits_per_byte: float | None = None
+    evaluation: dict  # the record of the last one, {} before the first
 
     def save(self) -> None:
         """Begin a save in the background; training waits for the copy to the host alone."""
@@ -734,6 +948,8 @@ class Run:
                 "sequences_seen": self.step * self.config.effective_batch_size,
                 "loss_scale": dataclasses.asdict(self.loss_scale),
                 "optimizer_step": self.optimizer_step,
+                # The held-out loss at this very step: the save with the lowest one is the best.
+                "val_loss": self.evaluation["val_loss"] if self.is_evaluated() else None,
                 "best_val_loss": self.best_val_loss if self.best_val_loss < math.inf else None,
                 "base_bits_per_byte": self.base_bits_per_byte,
                 "config": dataclasses.asdict(self.config),
@@ -763,19 +979,36 @@ class Run:
     def is_done(self) -> bool:
         return self.step >= self.config.max_steps
 
+    def is_evaluated(self) -> bool:
+        return self.evaluation.get("step") == self.step
+
+    def is_best(self) -> bool:
+        return self.is_evaluated() and self.evaluation["val_loss"] == self.best_val_loss
+
     def evaluate(self) -> dict:
         """Evaluate, continue the prompts, record both, and return the record."""
+        return self.smaller_if_needed(self.evaluate_once)
+
+    def smaller_if_needed(self, evaluate: Callable):
         where = f"the evaluation at step {self.step}"
-        return smaller_if_needed(self.evaluate_once, self.plan, self.overlay, self.worker, where)
+        return smaller_if_needed(evaluate, self.plan, self.overlay, self.worker, where)
+
+    def parts(self) -> tuple:
+        return self.overlay, self.data, self.config, self.worker, self.plan.micro_batch_size
+
+    def evaluate_base(self) -> None:
+        """Measure the untouched model, once in a run, and have it continue the prompts."""
+        self.base_bits_per_byte = base_bits_per_byte(*self.parts())
+        if self.records and self.config.prompts:
+            with untouched_model(self.overlay) as model:
+                base = base_tokenizer(self.config)
+                texts, _ = sample(model, base, math.inf, self.config, self.worker)
+            self.records.add_samples(sample_section("The untouched model", texts))
+        barrier(self.worker)
 
     def evaluate_once(self) -> dict:
         """Evaluate once; the record comes last, so `evaluate` can repeat this after an error."""
-        parts = (
-            self.overlay, self.data, self.config, self.worker, self.plan.micro_batch_size,
-        )  # fmt: skip
-        if self.base_bits_per_byte is None:
-            self.base_bits_per_byte = base_bits_per_byte(*parts)
-        record = {"step": self.step, "kind": "eval"} | held_out_loss(*parts)
+        record = {"step": self.step, "kind": "eval"} | held_out_loss(*self.parts())
         uniform, base = math.log(self.overlay.vocab_size), self.base_bits_per_byte
         record |= {"uniform_loss": uniform, "base_bits_per_byte": base, "warnings": []}
         if record["val_loss"] > uniform:
@@ -784,16 +1017,24 @@ class Run:
             )
         if record["val_bits_per_byte"] > base:
             record["warnings"].append(f"above the unextended base model's {base:.3f} bits/byte")
-        # These two are only for the messages; nothing in training depends on them.
+        # Which saves are made and kept depends on these two, and nothing else in training.
         self.best_val_loss = min(self.best_val_loss, record["val_loss"])
-        self.val_bits_per_byte = record["val_bits_per_byte"]
+        self.evaluation = record
         if self.records:
-            texts = sample(self.overlay.model, self.config, self.words)
+            section = self.sample_trained() if self.config.prompts else ""
             self.records.add(record)
-            if texts:
-                self.records.add_samples(self.step, texts)
+            self.records.add_samples(section)
         barrier(self.worker)
         return record
+
+    def sample_trained(self) -> str:
+        """Continue the prompts with the rows as they are -> a section of samples.md."""
+        model, words = self.overlay.model, self.words
+        parts = model, words.tokenizer, words.first_new_id, self.config, self.worker
+        texts, share = sample(*parts)
+        in_corpus = (self.data.train >= words.first_new_id).double().mean().item()
+        remark = f"New words: {share:.1%} of the tokens; in the corpus {in_corpus:.1%}.\n\n"
+        return sample_section(f"Step {self.step}", texts, remark)
 
 
 class StopRequest:
@@ -826,7 +1067,9 @@ def build_run(config: Config, worker: Worker, start: Start) -> Run:
     """
     words, sentry = start.words, start.sentry
     state = sentry.state if sentry else {}
+    worker.say(loading_line(config))
     overlay = build_overlay(config, worker, words, continuing=bool(sentry))
+    check_ids(overlay.model, words.first_new_id, torch.cat([start.data.train, start.data.val]))
     optimizer = Optimizer(overlay, sharing_matrices(
         words.words, words.spellings, config.row_coupling, config.kin_coupling, overlay.grad.device
     ))  # fmt: skip
@@ -840,6 +1083,8 @@ def build_run(config: Config, worker: Worker, start: Start) -> Run:
         if loss_scale.value == 1.0:  # a new run, or one that had another dtype until now
             loss_scale.value = FLOAT16_LOSS_SCALE
     batches = [prepare_step(step, overlay, start.data, config, worker) for step in (1, 2)]
+    if worker.device.type == "cuda":
+        worker.say("fitting a step to the card: trials, compiling and capture take up to a minute")
     plan = fit_to_machine(overlay, batches, config, worker)
     barrier(worker)
     return Run(
@@ -848,6 +1093,7 @@ def build_run(config: Config, worker: Worker, start: Start) -> Run:
         step=state.get("step", 0), optimizer_step=state.get("optimizer_step", 0),
         best_val_loss=state.get("best_val_loss") or math.inf,
         base_bits_per_byte=state.get("base_bits_per_byte"),
+        evaluation=records.last_evaluation() if records else {},
     )  # fmt: skip
 
 
@@ -857,13 +1103,14 @@ def heading(run: Run) -> str:
     num_words, hidden_size = run.overlay.input_rows.shape
     dtype, size = str(worker.dtype).removeprefix("torch."), run.overlay.vocab_size
     accumulation = config.effective_batch_size // worker.world_size // plan.micro_batch_size
-    recomputed = f"{plan.num_recomputed_layers} of {len(run.overlay.body.layers)} layers recomputed"
+    recomputed = f"{plan.num_recomputed_layers} of {len(run.overlay.layers)} layers recomputed"
     return (
         ", ".join(f"{name} {number}" for name, number in versions().items())
-        + f"\n{device_name(worker)}, compute dtype {dtype} ({worker.why_dtype}); trainable"
-        f" {num_words:,} words x {hidden_size:,}, ln(vocabulary of {size:,}) = {math.log(size):.2f}"
+        + f"\n{device_name(worker)}, compute dtype {dtype} ({worker.why_dtype})"
+        f"\ntrainable {num_words:,} rows x {hidden_size:,},"
+        f" ln(vocabulary of {size:,}) = {math.log(size):.2f}"
         f"\nmicro_batch_size {plan.micro_batch_size} x {accumulation} on {worker.world_size}"
-        f" process(es), {config.effective_batch_size * config.seq_len:,} tokens a step, "
+        f" process(es), {config.effective_batch_size * config.seq_len:,} tokens a step\n"
         + ", ".join([recomputed, *plan.remarks])
     )
 
@@ -898,11 +1145,11 @@ def train_steps(run: Run, stop: StopRequest, progress: Progress) -> None:
             run.loss_scale.step_done()  # 200 steps without an overflow double it
         run.step, run.optimizer_step, batch = step, run.optimizer_step + 1, following
         record = run.log(loss, norm, learning_rate, time.perf_counter() - began)
-        progress.step(step, step_line(record, run))
+        progress.step(step, step_line(record, config.max_steps), record["step_seconds"])
         if step % config.eval_every == 0 or run.is_done():
-            progress.say(eval_line(run.evaluate()))
-        if step % config.save_every == 0 or run.is_done() or stopping:
-            run.save()
+            progress.say(eval_line(progress.timed("evaluation", run.evaluate)))
+        if step % config.save_every == 0 or run.is_best() or run.is_done() or stopping:
+            progress.timed("save", run.save)
         if run.writer:
             run.writer.check()  # raises the error of a background save
         if stopping:
@@ -917,10 +1164,11 @@ def train_to_the_end(run: Run, stop: StopRequest) -> None:
         return  # the signal came while the model was loaded
     if run.is_done():
         worker.say(f"step {run.step} of {config.max_steps}: nothing left to do; raise max_steps")
-    if run.best_val_loss == math.inf:  # nothing evaluated yet: a new run, or an imported one
-        worker.say(eval_line(run.evaluate()))
     progress = Progress(worker, config, run.step)
     try:
+        if run.best_val_loss == math.inf:  # nothing evaluated yet: a new run, or an imported one
+            run.smaller_if_needed(run.evaluate_base)
+            progress.say(eval_line(progress.timed("evaluation", run.evaluate)))
         train_steps(run, stop, progress)
     finally:
         progress.close()
@@ -949,11 +1197,12 @@ def train(
 ) -> dict:
     """Train or continue a run; config: a YAML path, with key=value overrides, or a Config.
 
+    "--fresh" among the overrides is fresh=True, because the errors name it so.
     Returns the last evaluation's record with 'step' and 'stopped' (the signal's name or '').
     Raises: UserError with one line for each thing that the user can mend
     """
-    if not isinstance(config, Config):
-        config = load_config(config, *overrides)
+    fresh = fresh or "--fresh" in overrides
+    config = load_config(config, *(text for text in overrides if text != "--fresh"))
     apply()
     check_options(config, fresh, step)
     free_cached_memory()  # in a notebook an earlier, stopped run may have left some
@@ -971,12 +1220,11 @@ def train(
         run = build_run(config, worker, start)
         worker.say(heading(run))
         train_to_the_end(run, stop)
-        if run.records and run.records.lines:
-            worker.say((Path(config.run_dir) / "loss_table.md").read_text(encoding="utf-8"))
+        if run.records and not stop.name:
+            worker.say(closing_lines(run))
+            run.records.show_texts()
         leave_processes(worker)
-        records = run.records.parsed() if run.records else []
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    return {**(evaluations[-1] if evaluations else {}), "step": run.step, "stopped": stop.name}
+    return {**run.evaluation, "step": run.step, "stopped": stop.name}
 
 
 def main(config_path: str, *overrides: str, fresh: bool = False, step: int | None = None) -> dict:
@@ -993,11 +1241,15 @@ def main(config_path: str, *overrides: str, fresh: bool = False, step: int | Non
 def plan_memory(config_path: str, *overrides: str) -> None:
     """Make the words, count them, and print the memory plan, for --dry-run."""
     config = load_config(config_path, *overrides)
-    dry_run(config, len(plan_new_words(config, read_corpus(config)).words))
+    texts = read_corpus(config)
+    words = plan_new_words(config, texts)
+    load_data(config, words, texts)  # refuses a text that is too short to train on
+    dry_run(config, words.first_new_id, len(words.words))
 
 
 if __name__ == "__main__" and "__file__" in globals():
     COMMAND, OPTIONS = main, {"fresh": ARGUMENTS.fresh, "step": ARGUMENTS.step}
     if ARGUMENTS.dry_run:
         COMMAND, OPTIONS = plan_memory, {}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(run_command(COMMAND, ARGUMENTS.config, *ARGUMENTS.overrides, **OPTIONS))

@@ -119,7 +119,7 @@ def dense_sharing(words, spellings, row_coupling: float, kin_coupling: float) ->
     """I + c / sqrt(N) 1 1^T + k Phi diag(1 / sqrt(n_f)) Phi^T as one (N, N) matrix in float64."""
     have = {}
     for i, (word, ids) in enumerate(zip(words, spellings)):
-        features = {("first", ids[0]), ("last", ids[-1])}
+        features = {("first", ids[0]), ("last", ids[-1]), ("is", word)}
         for size in (2, 3, 4):
             if len(word) >= size:
                 features |= {("begins", word[:size]), ("ends", word[-size:])}
@@ -127,8 +127,8 @@ def dense_sharing(words, spellings, row_coupling: float, kin_coupling: float) ->
             have.setdefault(feature, []).append(i)
     num_words = len(words)
     matrix = torch.eye(num_words, dtype=torch.float64) + row_coupling / num_words**0.5
-    for kin in have.values():
-        if len(kin) >= 3:
+    for (what, _), kin in have.items():
+        if len(kin) >= (2 if what == "is" else 3):
             phi = torch.zeros(num_words, dtype=torch.float64).index_fill(0, torch.tensor(kin), 1.0)
             matrix += kin_coupling / len(kin) ** 0.5 * torch.outer(phi, phi)
     return matrix
@@ -172,6 +172,15 @@ def test_words_are_kin_by_beginnings_endings_and_outer_base_tokens():
     assert kin_of_first(*words, spellings=outer) == [True, True, False, False]
     outer = [[1, 7, 8], [2, 8], [3, 8], [8, 4], [7, 5]]
     assert kin_of_first(*words, spellings=outer) == [True, True, False, False]
+
+
+def test_two_forms_of_a_word_are_kin_though_they_are_only_two():
+    """The second forms of words come last; nothing else is shared here."""
+    words, spellings = ["riverrun", "stone", "riverrun"], [[1], [2], [3]]
+    grad = torch.tensor([[1.0], [10.0], [100.0]])
+    share_gradient_(grad, *sharing_matrices(words, spellings, 0.0, 2.0, CPU))
+    both = 2.0 / 2**0.5 * (1.0 + 100.0)
+    assert torch.allclose(grad, torch.tensor([[1.0 + both], [10.0], [100.0 + both]]))
 
 
 def test_no_coupling_needs_no_matrices():
@@ -337,7 +346,7 @@ def test_a_run_equals_the_same_run_in_plain_pytorch(mode, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "plot_losses", lambda *_: None)
     config = tiny_run(mode, tmp_path, max_steps=4)
     train.train(config)
-    rates = (0.5, 1.0, 0.5, 0.0)  # warm-up over half of the steps, then cosine
+    rates = (0.5, 1.0, 0.75, 0.25)  # warm-up over half of the steps, then a cosine to 0 at step 5
     assert_rows_are_plain_pytorchs(config, mode, 1, rates, torch.empty(0, 32))
 
 
@@ -356,7 +365,7 @@ def test_an_imported_run_goes_on_at_its_step_with_new_statistics(mode, tmp_path,
     torch.save(seed, tmp_path / "seed.pt")
     recover.main("import", str(tmp_path / "seed.pt"), config.run_dir)
     train.train(config)
-    rates = [0.5 * (1 + math.cos(math.pi * n / 4)) for n in (1, 2, 3, 4)]
+    rates = [0.5 * (1 + math.cos(math.pi * n / 5)) for n in (1, 2, 3, 4)]
     assert_rows_are_plain_pytorchs(config, mode, 5, rates, seed_rows.float())
     records = Path(config.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(record) for record in records]

@@ -63,7 +63,7 @@ def test_defaults(load):
     config = load("")
     assert config == Config(model_name="m", lexicon="w.txt", corpus="t.txt", run_dir="runs/a")
     assert config.corpus == ("t.txt",) and config.prompts == ()
-    assert (config.token_matching, config.learning_rate, config.seq_len) == ("spaced", 2e-3, 128)
+    assert (config.token_matching, config.learning_rate, config.seq_len) == ("both", 2e-3, 128)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
 
@@ -72,9 +72,9 @@ def test_which_keys_make_another_run():
     """A run can be continued with other values of every key but these."""
     fields = dataclasses.fields(Config)
     assert {field.name for field in fields if field.metadata["changes_run"]} == {
-        "model_name", "model_revision", "quantization", "token_matching", "init", "init_radius",
-        "output_rows", "seq_len", "effective_batch_size", "learning_rate", "warmup_ratio",
-        "row_coupling", "kin_coupling", "max_grad_norm", "val_fraction", "seed",
+        "model_name", "model_revision", "quantization", "known_words", "token_matching", "init",
+        "init_radius", "output_rows", "seq_len", "effective_batch_size", "learning_rate",
+        "warmup_ratio", "row_coupling", "kin_coupling", "max_grad_norm", "val_fraction", "seed",
     }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_everything_wrong_is_told_at_once(load):
         "missing key 'lexicon': text file, one word a line;"
         " or from_corpus: rare words of the corpus",
         "missing key 'corpus': UTF-8 text file, or a list of them",
-        "'token_matching' is 'x'; allowed: spaced, bare, plain",
+        "'token_matching' is 'x'; allowed: both, spaced, bare, plain",
         "'seq_len' is 'long'; allowed: a whole number of at least 2",
         "'max_steps' is ''; allowed: a whole number of at least 1",
         "missing key 'run_dir': local run folder",
@@ -187,8 +187,11 @@ def test_wrong_values(load, text, line):
     assert problems(load, text + "\n") == [line]
 
 
-def test_an_override_wins_and_the_last_one_last(load):
-    assert load("seed: 1\n", "seed=2", "seed=3").seed == 3
+def test_an_override_wins_and_is_given_once(load):
+    assert load("seed: 1\n", "seed=2").seed == 2
+    assert problems(load, "seed: 1\n", "seed=2", "run_dir=a", "seed=3") == [
+        "command line: 'seed' is given twice; keep one"
+    ]
     assert load("", "corpus=[a, b]").corpus == ("a", "b")
     assert load("", "run_dir=a=b").run_dir == "a=b"
 
@@ -216,6 +219,13 @@ def test_config_made_in_a_cell():
     config = Config(**keys, seq_len=64, learning_rate=1, gradient_checkpointing=True)
     assert (config.model_name, config.corpus, config.run_dir) == ("m", ("t",), "r")
     assert config.learning_rate == 1.0 and config.gradient_checkpointing == "true"
+    assert load_config(config) == config
+    assert load_config(config, "seed=7") == dataclasses.replace(config, seed=7)
+    with pytest.raises(UserError) as caught:
+        load_config(config, "lr=7")
+    assert str(caught.value) == (
+        "Config: command line: unknown key 'lr', did you mean 'learning_rate'?"
+    )
     with pytest.raises(UserError) as caught:
         wrong = {"corpus": [], "seq_len": True, "sentry_dir": False, "tensorboard": None}
         Config(**keys | wrong, learning_rate=float("nan"))
@@ -254,6 +264,42 @@ def test_an_interrupt_is_one_line_and_status_1(capsys):
 
     assert run_command(interrupted) == 1
     assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+SLOW_IMPORT = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:
+    print("swallowed")  # as torch does
+"""
+
+
+@pytest.mark.parametrize("script", ["train", "recover", "extend_tokenizer"])
+def test_an_interrupt_while_a_script_still_imports_is_one_line_too(script, tmp_path):
+    """A hashlib that takes a minute stands for torch, and for all that is imported before it."""
+    (tmp_path / "hashlib.py").write_text(SLOW_IMPORT, encoding="utf-8")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, f"{script}.py"], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "stopped by SIGINT\n")
+    assert process.returncode == 1
+    (tmp_path / "hashlib.py").write_text("1 / 0", encoding="utf-8")
+    command = [sys.executable, f"{script}.py"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert found.stderr.startswith("Traceback") and "ZeroDivisionError" in found.stderr
+
+
+@pytest.mark.parametrize("script", ["config", "overlay", "machine"])
+def test_files_that_are_no_commands_say_what_they_are(script):
+    found = subprocess.run(
+        [sys.executable, f"{script}.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    assert found.stdout == source.split('"""')[1] + "\n" and found.returncode == 0
 
 
 def test_an_error_that_is_no_user_error_keeps_its_traceback():

@@ -53,7 +53,7 @@ def test_the_configs_are_these():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_share_all_but_name_and_folder(name):
-    assert differing_keys(name, "qwen14b") <= {"model_name", "run_dir"}
+    assert differing_keys(name, "qwen14b") <= {"model_name", "run_dir", "known_words"}
     below = [text_of(n).partition("# ---- Below this line")[2] for n in (name, "qwen14b")]
     assert below[0] == below[1] and len(below[0]) > 1000, "the shared part differs in its comments"
 
@@ -61,6 +61,7 @@ def test_models_share_all_but_name_and_folder(name):
 def test_the_devlog_run_is_the_original_to_the_letter():
     wanted = {
         "model_name": "Qwen/Qwen2.5-14B", "quantization": "nf4", "token_matching": "plain",
+        "known_words": "exact_string",
         "init": "spherical", "init_radius": 1.5, "output_rows": "frozen", "micro_batch_size": 1,
         "effective_batch_size": 16, "seq_len": 128, "learning_rate": 5e-4, "warmup_ratio": 0.05,
         "max_steps": 3000, "save_every": 20, "eval_every": 50, "gradient_checkpointing": "true",

@@ -22,7 +22,7 @@ import machine
 import train
 from config import Config
 from extend_tokenizer import plan_new_words, read_corpus
-from overlay import chunked_cross_entropy
+from overlay import LossScale, chunked_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +147,7 @@ def test_a_recomputed_layer_keeps_little_more_than_its_input(settings):
     shape = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
     kept_bytes, grads = [], []
     for num_recomputed in (0, NUM_LAYERS):
-        machine.recompute_layers(body, num_recomputed)
+        machine.recompute_layers(body.layers, num_recomputed)
         embeds = torch.randn(64, 128, 512, generator=seeded(), **shape)
         before = torch.cuda.memory_allocated()
         hidden_states = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -159,6 +159,43 @@ def test_a_recomputed_layer_keeps_little_more_than_its_input(settings):
     assert (grads[0] - grads[1]).abs().max() < 1e-2 * grads[0].abs().max()
 
 
+def bits_of_a_pass(overlay, run_pass, x) -> list[torch.Tensor]:
+    """Run a pass twice -> the second one's losses, and its gradients before they are added up."""
+    grads, inputs = [], (x, x, overlay.base_embed(x.cpu()))
+    overlay.add_input_gradient = lambda ids, grad: grads.append(grad.clone())
+    losses = [run_pass(overlay, *inputs, 1 / x.numel(), LossScale()).clone() for _ in range(2)]
+    return [losses[1], grads[1], overlay.grad.clone()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_activations_come_back_from_the_host_bit_by_bit(settings, quantization, dtype):
+    """Layers 0, 2 and 4 of six park theirs, and the others are recomputed, eager and in graphs."""
+    changes = {"run_dir": "-", "quantization": quantization, "compute_dtype": dtype}
+    config = Config(**{**settings, **changes})
+    words = plan_new_words(config, read_corpus(config))
+    overlay = train.build_overlay(config, machine.find_worker(config), words, continuing=False)
+    machine.attend_causally(overlay.model)
+    x = torch.randint(256, (64, 128), device="cuda", generator=seeded())
+    parking = machine.Parking(overlay.body, (3.0, 1.0, 2.0, 2.0 * machine.PINNED_BLOCK))
+    assert parking.takes(NUM_LAYERS) == 3
+    found, peaks = [], []
+    for num_layers, waiting in ((0, None), (NUM_LAYERS, None), (NUM_LAYERS, parking)):
+        machine.recompute_layers(overlay.layers, num_layers, waiting)
+        overlay.begin_step(x.cpu())
+        torch.cuda.reset_peak_memory_stats()
+        found.append(bits_of_a_pass(overlay, machine.forward_backward, x))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert [len(notes) > 1 for notes in parking.layers] == [True, False] * 3
+    assert max(peaks[1:]) < peaks[0]
+    overlay.begin_step(x.cpu())
+    graph = machine.GraphedPass(overlay, tuple(x.shape), 1 / x.numel())
+    overlay.begin_step(x.cpu())
+    found.append(bits_of_a_pass(overlay, graph, x))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_the_input_table_waits_on_the_host_and_all_else_is_on_the_card(settings, quantization):
     config = Config(**{**settings, "run_dir": "-", "quantization": quantization})
@@ -166,10 +203,10 @@ def test_the_input_table_waits_on_the_host_and_all_else_is_on_the_card(settings,
     overlay = train.build_overlay(config, machine.find_worker(config), words, continuing=False)
     assert overlay.embedding.weight.device.type == "cpu"
     weights = [overlay.head.weight, overlay.input_rows, overlay.output_rows]
-    weights += overlay.body.layers.parameters()
+    weights += overlay.layers.parameters()
     assert {weight.device.type for weight in weights} == {"cuda"}
     assert not [m for m in overlay.model.modules() if hasattr(m, "_hf_hook")]
-    quantized = type(overlay.body.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    quantized = type(overlay.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert quantized == (quantization == "nf4")
 
 

@@ -9,6 +9,7 @@ else. Its Python and its environment variables are real.
 """
 
 import ast
+import json
 import os
 import platform
 import re
@@ -495,25 +496,37 @@ def test_command_line():
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
 *pytest\\ -q*) echo "$SUITE in 1.00s"; case "$SUITE" in *failed*) exit 1 ;; esac ;;
+*pip\\ list*) echo "$LIST" ;;
 *) echo "$*" >> "$0.log"; exit "$PIP" ;;
 esac
 """
 
 
-def test_matrix_installs_once_and_reports_failed_suites_and_installations(tmp_path):
-    python = make_site(tmp_path, {}, {"oldest/bin/python": FAKE_PYTHON}) / "oldest/bin/python"
+FOUND = {"torch": "2.13.0+cpu", "transformers": "4.57.6", "accelerate": "1.12.0"}
+LISTING = json.dumps([{"name": n, "version": v} for n, v in FOUND.items()])
+VERSIONS = "2.13.0+cpu | 4.57.6 | 1.12.0 | -"
+
+
+def fake_matrix(folder: Path, name: str) -> tuple[Path, list]:
+    """Put the fake Python into the environment `name` -> it, and the command."""
+    python = make_site(folder, {}, {f"{name}/bin/python": FAKE_PYTHON}) / f"{name}/bin/python"
     python.chmod(0o755)
-    command = [sys.executable, ROOT / "tests/torture/run_matrix.py", "--venvs", tmp_path]
+    return python, [sys.executable, ROOT / "tests/torture/run_matrix.py", "--venvs", folder]
 
-    def assert_matrix(pip: str, suite: str, status: int, counts: str) -> None:
-        fake = os.environ | {"PIP": pip, "SUITE": suite}
+
+def test_matrix_installs_once_and_reports_failed_suites_and_installations(tmp_path):
+    python, command = fake_matrix(tmp_path, "oldest")
+
+    def assert_matrix(pip: str, suite: str, status: int, result: str) -> None:
+        fake = os.environ | {"PIP": pip, "SUITE": suite, "LIST": LISTING}
         done = subprocess.run([*command, "oldest"], env=fake, capture_output=True, text=True)
-        row = f"| oldest | 2.13.0 | 4.57.6 | 1.12.0 | 0.46.1 | {counts} | 0 |\n"
+        row = f"| oldest | {result} | 0 |\n"
         assert done.returncode == status and done.stdout.endswith(row), done.stderr
+        assert "newer" not in done.stdout
 
-    assert_matrix("1", "", 1, "not installed")  # and so it is installed again
-    assert_matrix("0", "1 failed, 1 passed", 1, "1 failed, 1 passed")
-    assert_matrix("0", "2 passed", 0, "2 passed")
+    assert_matrix("1", "", 1, "- | - | - | - | not installed")  # and so it is installed again
+    assert_matrix("0", "1 failed, 1 passed", 1, f"{VERSIONS} | 1 failed, 1 passed")
+    assert_matrix("0", "2 passed", 0, f"{VERSIONS} | 2 passed")
     _, torch_alone, all_of_them = python.with_name("python.log").read_text("utf-8").splitlines()
     assert torch_alone.endswith("install -q torch==2.13.0")
     for name, (oldest, _) in env_shim.SUPPORTED.items():
@@ -521,6 +534,21 @@ def test_matrix_installs_once_and_reports_failed_suites_and_installations(tmp_pa
     done = subprocess.run([*command, "eldest"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown environment 'eldest', allowed: oldest, middle, newest" in done.stderr
+
+
+def test_matrix_newest_is_what_pip_gives_today_and_says_so(tmp_path):
+    python, command = fake_matrix(tmp_path, "newest")
+    newer = json.loads(LISTING.replace("4.57.6", "6.1.0"))
+    fake = os.environ | {"PIP": "0", "SUITE": "2 passed", "LIST": json.dumps(newer)}
+    for _ in range(2):  # brought up to date each time
+        done = subprocess.run([*command, "newest"], env=fake, capture_output=True, text=True)
+        line = f"newest: transformers 6.1.0 is newer than {NEWEST['transformers']}, the newest"
+        assert f"{line} tried of env_shim.SUPPORTED\n" in done.stdout
+        assert done.stdout.count(" is newer than ") == 1
+        assert done.stdout.endswith("| newest | 2.13.0+cpu | 6.1.0 | 1.12.0 | - | 2 passed | 0 |\n")
+    asked = python.with_name("python.log").read_text("utf-8").splitlines()
+    assert len(asked) == 4 and all("install -q --upgrade torch==2.13.0" in line for line in asked)
+    assert " transformers " in asked[1] and "transformers==" not in asked[1]
 
 
 # ---- The real packages ---------------------------------------------------------------------------

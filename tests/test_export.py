@@ -6,7 +6,9 @@ Every case has a tiny random model, a real extended tokenizer and a sentry of ra
 reference is the base model with the overlay installed, read from its own folder.
 """
 
+import base64
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,14 +24,14 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import random_rows, save_model
+from tiny_models import SHAPE, make_model, random_rows, save_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import recover
 from config import Config, UserError, run_command
 from extend_tokenizer import extend, new_words_hash, read_corpus, save_new_words
-from overlay import WakeOverlay, spherical_rows, subtoken_mean
+from overlay import WakeOverlay, is_tied, spherical_rows, subtoken_mean
 from recover import main, write_sentry
 
 WORDS = ["riverrun", "bababad", "quark", "phizàphiz", "thunderwhist", "gnarlybird", "wassaily"]
@@ -113,6 +116,8 @@ def assert_same(ours: list[torch.Tensor], reference: list[torch.Tensor], relativ
 CASES = [
     ("qwen2_untied", None), ("qwen2_tied", None), ("qwen2_tied", True), ("llama_untied", False),
     ("llama_tied", None), ("mistral", True), ("gemma2", None), ("gemma2", True), ("phi3", True),
+    ("gpt_neox", True), ("phi", True), ("gpt2", None), ("gpt2", True), ("opt", None),
+    ("gemma3_4b", None), ("gemma3_4b", True), ("mamba", None),
 ]  # fmt: skip
 
 
@@ -131,12 +136,15 @@ def test_logits_are_the_overlays(
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.vocab_size == len(tokenizer) == 257 + len(WORDS)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == (family in ("qwen2_tied", "llama_tied", "gemma2") and not separate)
-    assert model.config.tie_word_embeddings == tied
+    assert model.config.get_text_config().vocab_size == len(tokenizer) == 257 + len(WORDS)
+    assert is_tied(model) == (is_tied(make_model(family)) and not separate)
+    assert model.config.tie_word_embeddings == is_tied(model)
     assert_same(logits_of(model, tokenizer, sentry), reference, 1e-5)
 
+    if family == "phi":  # peft 0.21 computes its logits without the head's bias
+        with pytest.raises(UserError, match="^export: the model's head has a bias, which PEFT's "):
+            main("export", str(run), str(tmp_path / "peft"), "--format", "peft")
+        return
     main("export", str(run), str(tmp_path / "peft"), "--format", "peft")
     card = (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
     names, code = {}, re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
@@ -217,6 +225,91 @@ def test_a_scalar_among_the_weights_and_weights_that_are_gone(tmp_path: Path) ->
     assert str(caught.value) == f"{file}: missing; --base names another model folder"
 
 
+def pickled(model: Path, num_files: int) -> None:
+    """Turn a checkpoint into pytorch_model.bin, in which a tied head is the embedding once more."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    if num_files == 1:
+        torch.save(tensors, model / "pytorch_model.bin")
+        return
+    files = [f"pytorch_model-{i + 1:05d}-of-{num_files:05d}.bin" for i in range(num_files)]
+    weight_map = {name: files[i % num_files] for i, name in enumerate(tensors)}
+    for file in files:
+        torch.save({n: t for n, t in tensors.items() if weight_map[n] == file}, model / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+@pytest.mark.parametrize("family, separate", [("llama_untied", None), ("qwen2_tied", None)])
+def test_a_base_in_pytorch_model_bin_is_exported_as_safetensors(
+    family: str, separate: bool | None, num_files: int, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, family, separate=separate)
+    reference = overlay_logits(run)
+    pickled(tmp_path / "model", num_files)
+    main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert_same(logits_of(model, tokenizer, recover.newest_sentry(run)), reference, 1e-5)
+
+
+def test_a_second_embedding_in_a_layer_that_predicts_several_tokens(tmp_path: Path) -> None:
+    """GLM-4.5 and DeepSeek-V3 keep one there; transformers does not load it."""
+    run, file = make_run(tmp_path), tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    second = {"model.layers.2.embed_tokens.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | second, file, metadata={"format": "pt"})
+    reference = overlay_logits(run)
+    for form in ("peft", "merged"):
+        main("export", str(run), str(tmp_path / form), "--format", form)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert_same(logits_of(model, tokenizer, recover.newest_sentry(run)), reference, 1e-5)
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_an_export_that_computes_something_else_is_not_kept(form, tmp_path, monkeypatch) -> None:
+    run, save = make_run(tmp_path), recover.save_tensors
+
+    def save_other(tensors, path):
+        save({name: tensor * 1.01 for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(recover, "save_tensors", save_other)
+    with pytest.raises(UserError, match=r"^export: its logits differ from those of training by "):
+        main("export", str(run), str(tmp_path / "out"), "--format", form)
+    # The same where the machine cannot hold the model and the rows alone are read back.
+    memory = types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(recover.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(UserError, match=r"^export: .+ does not hold the input_rows that were trai"):
+        main("export", str(run), str(tmp_path / "out"), "--format", form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_rows_are_read_back_where_the_model_is_too_large(form, tmp_path, monkeypatch, capsys):
+    run, memory = make_run(tmp_path), types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(recover.psutil, "virtual_memory", lambda: memory)
+    main("export", str(run), str(tmp_path / "out"), "--format", form)
+    text = "(its rows were read back, and no logits compared: that takes 0.0 GiB, and 0.0 are free)"
+    assert text in capsys.readouterr().out
+
+
+def test_what_cannot_be_exported_is_said_before_training(tmp_path: Path) -> None:
+    run, file = make_run(tmp_path), tmp_path / "model" / "model.safetensors"
+    config, model = Config(**recover.run_settings(run)), make_model("qwen2_untied")
+    assert recover.export_problems(config, model) == []
+    tensors = load_file(file)
+    tensors["table"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert recover.export_problems(config, model) == [
+        f"only the rows of this run can be exported: model {tmp_path / 'model'}: no one tensor in"
+        " its files is that of model.embed_tokens; found lm_head.weight"
+    ]
+
+
 def test_base_model_from_the_hubs_cache(tmp_path: Path) -> None:
     """Offline, by hub id and revision: only files that are needed are asked for."""
     run = make_run(tmp_path)
@@ -281,7 +374,7 @@ def test_rows(tmp_path: Path) -> None:
     assert facts == {
         "model_name": str(tmp_path / "model"), "model_revision": None, "step": 40,
         "first_new_id": 257, "num_new_tokens": len(WORDS),
-        "words": {word: 257 + i for i, word in enumerate(WORDS)},
+        "words": {word: 257 + i for i, word in enumerate(WORDS)}, "second_forms": {},
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     for word, i in facts["words"].items():
@@ -369,8 +462,165 @@ def test_card(form: str, library: str | None, tmp_path: Path) -> None:
         assert promised in card
     assert f"kin_coupling {Config.kin_coupling}, max_steps" in card
     assert "THIS_FOLDER" not in card and ("from_pretrained" in card) == (form != "rows")
-    assert card.count('from_pretrained("b"') == {"rows": 0, "merged": 2, "peft": 1}[form]
+    assert card.count('from_pretrained("b"') == {"rows": 0, "merged": 2, "peft": 2}[form]
+    assert ("AutoPeftModelForCausalLM" in card) == (form == "peft")
+    assert ("load_in_4bit=True" in card) == (form != "rows")
     assert (tmp_path / "b" / "words.txt").read_text(encoding="utf-8").splitlines() == WORDS
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_the_cards_lines_load_in_four_bits(form: str, tmp_path: Path, monkeypatch) -> None:
+    """With what the card says to add. New rows are no linear layer, so they stay as they are."""
+    pytest.importorskip("peft")
+    run = make_run(tmp_path)
+    main("export", str(run), str(tmp_path / "out"), "--format", form)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    option = re.search(r"`(quantization_config=.+?)`", card, re.DOTALL)[1].replace("\n", " ")
+    code = "from transformers import BitsAndBytesConfig\n" + code
+    names, code = {}, code.replace('dtype="auto")', f'dtype="auto", {option})')
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    model, sentry = names["model"].eval(), recover.newest_sentry(run)
+    assert "Params4bit" in {type(p).__name__ for p in model.parameters()}
+    logits = logits_of(model, names["tokenizer"], sentry)
+    assert logits[0].shape[1] == 264 and logits[0].isfinite().all()
+    rows = recover.trained_rows(sentry)["input_rows"]
+    new = model.get_input_embeddings()(torch.tensor([[257]])).flatten()
+    assert torch.equal(new, rows[0])
+
+
+def test_an_adapter_over_a_table_with_more_padding_than_new_words(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """The table stays as long as it is, and beside the padding's logits all are the overlay's."""
+    pytest.importorskip("peft")
+    monkeypatch.setitem(SHAPE, "vocab_size", 300)
+    run = make_run(tmp_path)
+    main("export", str(run), str(tmp_path / "out"), "--format", "peft")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    names, code = {}, re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    logits = logits_of(names["model"].eval(), names["tokenizer"], recover.newest_sentry(run))
+    assert logits[0].shape[1] == 300
+    assert_same([part[:, :264] for part in logits], overlay_logits(run), 1e-5)
+
+
+@pytest.mark.parametrize("family, separate", [("qwen2_untied", None), ("qwen2_tied", None)])
+def test_a_merged_folder_keeps_the_rules_of_vllm_and_llama_cpp(
+    family: str, separate: bool | None, tmp_path: Path
+) -> None:
+    """vLLM (vocab_parallel_embedding) wants tables of exactly config.vocab_size rows.
+    llama.cpp's convert_hf_to_gguf wants every id below it and in use once, and writes for an added
+    token what encoding and decoding it gives."""
+    run, out = make_run(tmp_path, family, separate=separate), tmp_path / "out"
+    main("export", str(run), str(out), "--format", "merged")
+    settings = json.loads((out / "config.json").read_text())
+    tokenizer, tensors = AutoTokenizer.from_pretrained(out), load_file(out / "model.safetensors")
+    size = settings["vocab_size"]
+    assert size == len(tokenizer) == 264
+    names = {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors)
+    assert ("lm_head.weight" in names) != settings["tie_word_embeddings"]
+    assert all(len(tensors[name]) == size for name in names)
+    vocab = tokenizer.get_vocab()
+    assert sorted(vocab.values()) == list(range(size))
+    for token, i in tokenizer.get_added_vocab().items():
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        assert ids == [i] and tokenizer.decode(ids) == token
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    assert all(i < 257 for i in special)  # a special token would never be shown
+
+
+# ---- The hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Answer for the hub at its client's network edge; what was sent is (method, path, body)."""
+    import huggingface_hub
+
+    if not hasattr(huggingface_hub, "set_client_factory"):
+        pytest.skip("this huggingface_hub is older than 1.0 and uses requests")
+    network = huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0]
+    httpx, sent = importlib.import_module(network), []
+
+    def answer(request):
+        path = request.url.path
+        if path != "/api/agent-harnesses":  # asked by huggingface_hub 2.4 for its own sake
+            sent.append((request.method, path, request.content))
+        if "authorization" not in request.headers or refusing in path:
+            return httpx.Response(401, json={"error": "Invalid credentials"})
+        files = json.loads(request.content)["files"] if "/preupload/" in path else []
+        return httpx.Response(200, json={
+            "name": "me", "url": "https://huggingface.co/me/words", "errors": [], "warnings": [],
+            "files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                      for f in files],
+            "commitUrl": "https://huggingface.co/me/words/commit/1", "commitOid": "1",
+        })  # fmt: skip
+
+    refusing = "no path"
+
+    def refuse(what: str) -> None:
+        nonlocal refusing
+        refusing = what
+
+    transport = httpx.MockTransport(answer)
+    huggingface_hub.set_client_factory(lambda: httpx.Client(transport=transport))
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    yield sent, refuse
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+
+
+def test_push_shows_and_sends_the_files_of_this_export_alone(hub, tmp_path, capsys) -> None:
+    sent, _ = hub
+    run, out = make_run(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    main("export", str(run), str(out), "--format", "merged", "--force", "--push", "me/words")
+    names = sorted(path.name for path in out.iterdir() if path.name != "notes.txt")
+    printed = capsys.readouterr().out.splitlines()
+    first = printed.index("to the hub as me/words, private if it is new:")
+    shown = printed[first + 1 : -1]
+    assert [line.split()[-1] for line in shown] == names
+    assert printed[-1] == "https://huggingface.co/me/words/commit/1"
+    assert (
+        f"{(out / 'model.safetensors').stat().st_size / 1000:.1f} kB"
+        in shown[names.index("model.safetensors")]
+    )
+    calls = [(method, path) for method, path, _ in sent]
+    assert calls[0] == ("GET", "/api/whoami-v2") and calls[1] == ("POST", "/api/repos/create")
+    created = json.loads(sent[1][2])
+    assert (created["name"], created["organization"]) == ("words", "me")
+    private = created.get("private") or created.get("visibility") == "private"  # 1.x, 2.x
+    assert private
+    assert calls[-1] == ("POST", "/api/models/me/words/commit/main")
+    lines = [json.loads(line) for line in sent[-1][2].splitlines()]
+    assert lines[0]["value"]["summary"] == "Step 40 as merged"
+    files = {line["value"]["path"]: line["value"]["content"] for line in lines[1:]}
+    assert sorted(files) == names
+    for name in names:
+        assert base64.b64decode(files[name]) == (out / name).read_bytes()
+    assert 'from_pretrained("me/words"' in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_hub_refuses_is_one_line_and_found_before_the_files_are_made(
+    hub, tmp_path, capsys, monkeypatch
+) -> None:
+    sent, refuse = hub
+    run, out = make_run(tmp_path), tmp_path / "out"
+    export = ("export", str(run), str(out), "--format", "rows", "--push")
+    refuse("whoami")
+    capsys.readouterr()
+    for repo in ("me/words", "a/b/c"):
+        assert run_command(main, *export, repo) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("--push: ") and error.count("\n") == 1
+        assert not out.exists()
+    assert [path for _, path, _ in sent] == ["/api/whoami-v2"]
+    refuse("commit")
+    assert run_command(main, *export, "me/words") == 1
+    assert "--push: " in capsys.readouterr().err and (out / "README.md").is_file()
 
 
 @pytest.mark.parametrize("table", ["model.embed_tokens.weight", "lm_head.weight"])
@@ -380,8 +630,11 @@ def test_a_base_table_is_the_models_own_without_padding(table: str, tmp_path: Pa
     weight = load_file(tmp_path / "model" / "model.safetensors")[table]
     base = recover.base_tables(recover.config_with_base(recover.run_settings(run), None))
     assert len(weight) == 264 and torch.equal(base.table(table, 257), weight[:257])
-    with pytest.raises(UserError, match=rf"{table} is torch.bfloat16 \(264, 32\)"):
-        base.table(table, 265)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    wrong = tensors | {table: tensors[table].to(torch.int8)}
+    save_file(wrong, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{table} is torch.int8 \(264, 32\)"):
+        base.table(table, 257)
 
 
 def test_spellings_are_those_that_training_used(tmp_path: Path) -> None:
@@ -445,7 +698,7 @@ def test_spellings_on_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
     new = extend(config, read_corpus(config))
     save_new_words(config, new)
     saved = recover.saved_words(run)
-    assert new.matching == "whole_word"
+    assert new.matching == "both" and new.forms[0].content.startswith("\u2581")
     assert (saved.words, saved.spellings) == (new.words, new.spellings)
     assert any(len(ids) < len(word) for word, ids in zip(saved.words, saved.spellings))
 

@@ -1,9 +1,8 @@
 """Proves that a lexicon word gets one token, ordinary text keeps its ids, and a saved folder loads.
 
-    python -m pytest tests/test_extend_tokenizer.py        (12 s on 2 CPU cores, 2026-11-25)
+    python -m pytest tests/test_extend_tokenizer.py        (40 s on 2 busy CPU cores, 2026-11-26)
 
-The tokenizers are trained here in a moment: byte-level (Qwen's and GPT-2's way of cutting) and
-SentencePiece-style (Llama-2's normalizer, byte fallback). Figures on real vocabularies come from
+The tokenizers are those of tiny_tokenizers.py. Figures on real vocabularies come from
 tests/bench/check_vocabularies.py.
 """
 
@@ -15,34 +14,25 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tiny_tokenizers import (
+    KINDS, TEXT, byte_level, contents, decode, encode, extended, plan, saved, write_run,
+)  # fmt: skip
+from tokenizers import Tokenizer, models
 
 from config import Config, UserError, load_config
 from extend_tokenizer import (
-    Lexicon, NewWords, any_of, base_tokenizer, extend, format_report, line_ranges, main,
-    new_words_hash, pieces, plan_new_words, read_corpus, read_lexicon, save_new_words,
+    Lexicon, any_of, base_tokenizer, extend, format_report, line_ranges, main, new_words_hash,
+    pieces, read_corpus, read_lexicon, save_new_words,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
-TEXT = """The weather over the harbour was grey, and the other boats lay still in the water.
-There were three men on the wall; they were waiting for the ferry, and for the rain to stop.
-"Whether it comes or not," said the oldest, "we shall have been here, and that is something."
-The others did not answer. They watched the water, the weather and the wall, as they always did.
-Thereafter the theatre was closed, and therefore there was nothing else to watch in the harbour.
-Quorum, Quorum, Quorum, Quorum: so they said.
-"""
 ORDINARY = (
-    TEXT + "Don't they?  Two  spaces, a_b, 3rd x2, (the) [other] the-other\n\n\tTabs\n 日本語 🙂.\n"
+    TEXT + "Don't they?  Two  spaces, a_b, 3rd x2, (the) [other] the-other\n\n\tTabs\n 中文 🙂.\n"
 )
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# "wat", "theat": inside and at the start of ordinary words; the rest as people write them
+# "wate", "thea": inside and at the start of ordinary words; the rest as people write them
 LEXICON = [
-    "wat", "riverrun", "paùpulation", "andrée's", "phiz-à-phiz", "arrah-na-poghue", "arrah", "é's",
-    "naïvo", "日本", "кот", "Willingdone", "willingdone", "oe.g", "C++x", "x2y", "theat", "boa",
+    "wate", "riverrun", "paùpulation", "andrée's", "phiz-à-phiz", "arrah-na-poghue", "arrah", "é's",
+    "naïvo", "日本", "кот", "Willingdone", "willingdone", "oe.g", "C++x", "x2y", "thea", "boa",
     "œuvré",
 ]  # fmt: skip
 SENTENCES = [
@@ -52,112 +42,15 @@ SENTENCES = [
 ]  # fmt: skip
 
 
-def byte_level(qwen: bool = True) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if qwen:
-        cut = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
-        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, rest])
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
-    return tokenizer
-
-
-def sentencepiece(metaspace: bool = False) -> Tokenizer:
-    """Llama-2's layout: specials, 256 byte tokens, pieces; and a special token after them all."""
-    trained = Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?\p{N}|▁?[^▁\p{L}\p{N}]+|▁+"), "isolated")
-    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(split=False), cut])
-    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=160, show_progress=False))
-    trained = json.loads(trained.to_str())["model"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens += [token for token in trained["vocab"] if token != "\n"]
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in trained["merges"]]
-    merges = [tuple(pair) for pair in merges if "\n" not in "".join(pair)]
-    tokens = [token for token in tokens if "\n" not in token]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    if metaspace:
-        tokenizer.normalizer = None
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return tokenizer
-
-
-KINDS = {
-    "qwen": byte_level, "gpt2": lambda: byte_level(qwen=False),
-    "llama2": sentencepiece, "metaspace": lambda: sentencepiece(metaspace=True),
-}  # fmt: skip
-
-
 @pytest.fixture
 def make(tmp_path):
     """Give make(kind, **settings): the Config of a run with such a tokenizer, words and text."""
 
-    def make(kind="qwen", lexicon=LEXICON, corpus=None, settings=None, model_config=None, **keys):
-        model = tmp_path / "model"
-        model.mkdir(exist_ok=True)
-        (model / "tokenizer.json").write_text(KINDS[kind]().to_str(), encoding="utf-8")
-        settings = {"eos_token": "</s>" if kind in ("llama2", "metaspace") else "<|endoftext|>"} | (
-            settings or {}
-        )
-        (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        if model_config:
-            (model / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
-        words = (
-            lexicon if isinstance(lexicon, bytes) else "".join(f"{w}\n" for w in lexicon).encode()
-        )
-        (tmp_path / "words.txt").write_bytes(words)
+    def make(kind="qwen", lexicon=LEXICON, corpus=None, **keys):
         corpus = f"{ORDINARY}and {' and '.join(LEXICON)} came\n" if corpus is None else corpus
-        corpus = corpus if isinstance(corpus, bytes) else corpus.encode()
-        (tmp_path / "corpus.txt").write_bytes(corpus)
-        paths = {"model_name": str(model), "run_dir": str(tmp_path / "run")}
-        paths |= {"lexicon": str(tmp_path / "words.txt"), "corpus": str(tmp_path / "corpus.txt")}
-        return Config(**(paths | keys))
+        return write_run(tmp_path, kind, lexicon, corpus, **keys)
 
     return make
-
-
-def plan(config: Config) -> NewWords:
-    return plan_new_words(config, read_corpus(config))
-
-
-def extended(config: Config) -> NewWords:
-    return extend(config, read_corpus(config))
-
-
-def saved(config: Config) -> NewWords:
-    new = extended(config)
-    save_new_words(config, new)
-    return new
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 # New words and their ids
@@ -166,17 +59,17 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 @pytest.mark.parametrize("kind", ["qwen", "gpt2"])
 def test_byte_level_ids_are_the_same_for_all_matchings(make, kind):
     base = KINDS[kind]()
-    known = [token for token in base.get_vocab() if token.isascii() and token.isalpha()][-2:]
-    lexicon = [known[0], *LEXICON, known[1], "<|endoftext|>"]
-    for matching in ("spaced", "bare", "plain"):
-        new = plan(make(kind, lexicon, token_matching=matching))
-        assert new.words == [word for word in LEXICON if word not in base.get_vocab()] == LEXICON
+    lexicon = ["there", *LEXICON, "harbour", "<|endoftext|>"]
+    for matching in ("both", "spaced", "bare", "plain"):
+        new = plan(make(kind, lexicon, corpus="\n".join(LEXICON), token_matching=matching))
+        assert new.words[: new.num_words] == LEXICON and new.num_words == len(LEXICON)
+        assert (len(new.words) > len(LEXICON)) == (matching == "both")
         assert len(new.lexicon.words) == len(LEXICON) + 2
-        assert new.lexicon.refused == {"special token": [len(lexicon)]}
+        assert new.lexicon.refused == {"special token": {len(lexicon): "<|endoftext|>"}}
         assert new.first_new_id == base.get_vocab_size() == 382
-        ids = [new.tokenizer.token_to_id(content) for content in new.contents]
-        assert ids == list(range(382, 382 + len(LEXICON)))
-        assert new.tokenizer.get_vocab_size() == 382 + len(LEXICON)
+        ids = [new.tokenizer.token_to_id(content) for content in contents(new)]
+        assert ids == list(range(382, 382 + len(new.words)))
+        assert new.tokenizer.get_vocab_size() == 382 + len(new.words)
 
 
 @pytest.mark.parametrize("kind", ["llama2", "metaspace"])
@@ -187,10 +80,12 @@ def test_sentencepiece_words_are_known_as_whole_words(make, kind):
     whole = [word for word in whole if word not in vocab]
     parts = [token for token in vocab if token.isalpha() and "▁" + token not in vocab]
     assert len(whole) > 5 and len(parts) > 5
-    new = extended(make(kind, [*whole, *parts, "riverrun", "naïvo"]))
-    assert new.words == [*parts, "riverrun", "naïvo"] and new.report["known"] == len(whole)
-    assert new.report["devlog_known"] == len(parts)
-    assert new.matching == "whole_word"
+    lexicon = [*whole, *parts, "riverrun", "naïvo"]
+    for rule in ("one_token", "exact_string"):  # entries without "▁" are pieces and no words
+        new = extended(make(kind, lexicon, known_words=rule, token_matching="plain"))
+        assert new.words == [*parts, "riverrun", "naïvo"] and new.report["known"] == len(whole)
+        assert new.known_by_rule == {"one_token": len(whole), "exact_string": len(parts)}
+        assert new.matching == "spaced"
     size = base.get_vocab_size()
     assert [new.tokenizer.token_to_id("▁" + word) for word in new.words] == list(
         range(size, size + len(new.words))
@@ -208,11 +103,11 @@ def test_every_new_row_is_reached_and_decodes_to_its_word(make, kind, matching):
         if matching != "plain":
             assert decode(new.tokenizer, [i]).strip() == word
             assert sum(j >= new.first_new_id for j in ids) == 1
-        if new.contents[i - new.first_new_id][0] in " ▁":
+        if contents(new)[i - new.first_new_id][0] in " ▁":
             assert ids == [*encode(new.base, "a"), i, *encode(new.base, "a b")[1:]]
 
 
-@pytest.mark.parametrize("matching", ["spaced", "bare"])
+@pytest.mark.parametrize("matching", ["both", "spaced", "bare"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_round_trip_wherever_the_base_has_one(make, kind, matching, sentence):
@@ -245,7 +140,7 @@ def test_spaced_takes_the_space_in_unless_the_word_begins_a_longer_entry(make):
     vocab = byte_level().get_vocab()
     assert {"Ġweather", "ĠQuorum"} < set(vocab) and not {"wea", "quor", "Weather"} & set(vocab)
     new = plan(make(lexicon=["wea", "riverrun", "quor", "Weathe", "weatherly", "weà"]))
-    assert new.contents == ["wea", " riverrun", "quor", " Weathe", " weatherly", " weà"]
+    assert contents(new) == ["wea", " riverrun", "quor", " Weathe", " weatherly", " weà"]
     assert encode(new.tokenizer, " weather") == encode(new.base, " weather")
     assert encode(new.tokenizer, "a wea b").count(new.first_new_id) == 1
 
@@ -253,9 +148,9 @@ def test_spaced_takes_the_space_in_unless_the_word_begins_a_longer_entry(make):
 def test_bare_writes_words_that_the_decoder_would_misread_with_their_space(make):
     words = ["riverrun", "naïvo", "日本", "кот", "œuvré"]
     new = plan(make(lexicon=words, token_matching="bare"))
-    assert new.contents == ["riverrun", " naïvo", "日本", "кот", "œuvré"]
+    assert contents(new) == ["riverrun", " naïvo", "日本", "кот", "œuvré"]
     plain = plan(make(lexicon=words, token_matching="plain"))
-    assert plain.contents == words
+    assert contents(plain) == words
     assert decode(plain.tokenizer, encode(plain.tokenizer, "a naïvo b")) != "a naïvo b"
 
 
@@ -273,15 +168,15 @@ def test_plain_is_what_add_tokens_does(make):
 @pytest.mark.parametrize("matching", ["spaced", "bare"])
 def test_spellings_are_the_base_ids_of_what_matches(make, kind, matching):
     new = plan(make(kind, token_matching=matching))
-    before = encode(new.base, "a")
-    for word, content, ids in zip(new.words, new.contents, new.spellings):
-        with_space = encode(new.base, f"a {word}")[len(before) :]
-        assert ids == (with_space if content[0] in " ▁" else encode(new.base, word))
+    for word, content, ids in zip(new.words, contents(new), new.spellings):
+        before = "a" if content[0] in " ▁" else "\n"
+        text = f"a {word}" if before == "a" else f"\n{word}"
+        assert ids == encode(new.base, text)[len(encode(new.base, before)) :]
 
 
 def test_compounds_match_whole_and_only_whole_in_sentencepiece(make):
     words = ["foo", "foo-bar", "foo-bar-baz", "don't-know", "a.b", "C++", "x_y"]
-    new = plan(make("llama2", words, corpus="foo"))
+    new = plan(make("llama2", words, corpus="foo", token_matching="spaced"))
     first = new.first_new_id
 
     def found(text: str) -> list[int]:
@@ -332,19 +227,25 @@ def test_lexicon_repairs_and_refusals_by_line(make, tmp_path):
         "क्\u200dष",
     ]
     assert new.lexicon.repaired == {
-        "byte order mark": [1, 18], "carriage return": [2], "outer blanks": [3, 7], "not NFC": [4],
-        "duplicate": [5, 16],
+        "byte order mark": {1: "\ufeffriverrun", 18: "\ufeffсон"},
+        "carriage return": {2: "willing\r"}, "column after a tab": {3: "\u00a0 outer\t"},
+        "outer blanks": {3: "\u00a0 outer", 7: "   "}, "not NFC": {4: "cafe\u0301"},
+        "duplicate": {5: "riverrun", 16: "café"},
     }  # fmt: skip
     assert new.lexicon.refused == {
-        "special token": [8, 9], "inner blanks": [10, 11], "control character": [12, 13],
-        "no letter or digit": [14, 15],
+        "special token": {8: "<|endoftext|>", 9: "x<|im_start|>y"},
+        "blanks inside; a token is one word, so give each word a line": {
+            10: "two words", 11: "nb\u00a0sp",
+        },
+        "control character": {12: "bell\x07", 13: "zero\u200bwidth"},
+        "no letter or digit": {14: "--", 15: "🙂"},
     }  # fmt: skip
     assert new.words == new.lexicon.words
 
 
 def test_sentencepiece_refuses_its_sign_for_a_space(make):
     new = plan(make("llama2", ["river▁run", "riverrun"]))
-    assert new.words == ["riverrun"] and new.lexicon.refused == {"special token": [1]}
+    assert new.words == ["riverrun"] and new.lexicon.refused == {"special token": {1: "river▁run"}}
 
 
 def test_line_ranges():
@@ -375,21 +276,21 @@ def one_error(config: Config) -> str:
 
 def test_error_lines(make, tmp_path):
     words, corpus, model = tmp_path / "words.txt", tmp_path / "corpus.txt", tmp_path / "model"
-    assert (
-        one_error(make(lexicon=b""))
-        == f"{words}: no usable word (empty file); give one word a line"
+    assert one_error(make(lexicon=b"")) == (
+        f"lexicon: {words}: no usable word (empty file); give one word a line"
     )
     assert one_error(make(lexicon=["--", "a b", "c d"])) == (
-        f"{words}: no usable word (no letter or digit: 1, inner blanks: 2); give one word a line"
+        f"lexicon: {words}: no usable word (no letter or digit: 1, blanks inside; a token is one "
+        "word, so give each word a line: 2); give one word a line"
     )
     assert one_error(make(lexicon=b"ok\nr\xe9sum\n")) == (
-        f"{words}: not UTF-8: byte 0xe9 at offset 4, line 2; save it as UTF-8"
+        f"lexicon: {words}: not UTF-8: byte 0xe9 at offset 4, line 2; save it as UTF-8"
     )
-    assert one_error(make(lexicon=["he", "ing"])) == (
+    assert one_error(make(lexicon=["he", "water"])) == (
         f"{words}: the base vocabulary holds every word of the lexicon"
     )
     assert one_error(make(corpus="The weather was grey.\n")) == (
-        f"{words}: none of its {len(LEXICON)} new words matches in the corpus (spaced "
+        f"{words}: none of its {len(LEXICON)} new words matches in the corpus (both "
         "matching); check that the two belong together"
     )
     assert (
@@ -397,14 +298,14 @@ def test_error_lines(make, tmp_path):
         == f"{corpus}: the corpus file is empty; give a text"
     )
     assert one_error(make(corpus=b"abc\xff")) == (
-        f"{corpus}: not UTF-8: byte 0xff at offset 3, line 1; save it as UTF-8"
+        f"corpus: {corpus}: not UTF-8: byte 0xff at offset 3, line 1; save it as UTF-8"
     )
     gone = tmp_path / "gone"
     for key in ("lexicon", "corpus"):
         config = dataclasses.replace(
             make(), **{key: (str(gone),) if key == "corpus" else str(gone)}
         )
-        assert one_error(config) == f"{gone}: cannot be read: No such file or directory"
+        assert one_error(config) == f"{key}: {gone}: cannot be read: No such file or directory"
     config = dataclasses.replace(make(), model_name=str(gone))
     assert one_error(config) == f"model_name {str(gone)!r}: no such folder"
     config = make()
@@ -421,7 +322,7 @@ def test_several_corpus_files_report_all_at_once(make, tmp_path):
     with pytest.raises(UserError) as caught:
         read_corpus(config)
     assert caught.value.problems == (
-        f"{gone}: cannot be read: No such file or directory",
+        f"corpus: {gone}: cannot be read: No such file or directory",
         f"{tmp_path / 'corpus.txt'}: the corpus file is empty; give a text",
     )
 
@@ -458,12 +359,13 @@ def test_lexicon_from_corpus(make, tmp_path):
     keys = {"lexicon_min_count": 2, "lexicon_min_base_tokens": 3}
     config = dataclasses.replace(make(corpus=corpus), lexicon="from_corpus", **keys)
     base = base_tokenizer(config)
-    words = plan(config).words
+    new = plan(config)
+    words = new.words[: new.num_words]
     assert words[:3] == ["zyx'qj", "kjq", "Zyx-qvw"]  # 3, 3 and 2 times; none of TEXT's short words
     assert not Path(config.run_dir).exists()
     assert all(len(encode(base, " " + word)) >= 3 for word in words)
     assert all(corpus.count(word) >= 2 for word in words)
-    assert saved(config).words == words
+    assert saved(config).words[: len(words)] == words
     lexicon = Path(config.run_dir, "lexicon.txt")
     assert lexicon.read_bytes() == "".join(f"{word}\n" for word in words).encode()
     lexicon.write_text("zyx'qj\n\n", encoding="utf-8")  # people edit it
@@ -473,7 +375,8 @@ def test_lexicon_from_corpus(make, tmp_path):
         extended(dataclasses.replace(config, lexicon_min_count=9))
     assert str(caught.value) == (
         "lexicon from_corpus: no word of the corpus occurs 9 times and takes 3 base tokens; lower "
-        "lexicon_min_count or lexicon_min_base_tokens"
+        "lexicon_min_count or lexicon_min_base_tokens; for scripts without blanks between words "
+        "give a lexicon file"
     )
 
 
@@ -481,17 +384,19 @@ def test_lexicon_from_corpus(make, tmp_path):
 
 
 def test_report_figures(make):
-    corpus = "the riverrun, the riverrun weather wea was weas\nand wat water naïvo\n"
-    lexicon = ["riverrun", "wea", "wat", "naïvo", "never", "he", "riverrun"]
+    corpus = "the riverrun, the riverrun weather wea was weas\nand wate water naïvo\n"
+    lexicon = ["riverrun", "wea", "wate", "naïvo", "never", "he", "riverrun"]
     config = make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 384})
     new = saved(config)
     report = new.report
-    assert json.loads(Path(config.run_dir, "tokenizer/report.json").read_text("utf-8")) == report
+    written = json.loads(Path(config.run_dir, "tokenizer/report.json").read_text("utf-8"))
+    assert written == json.loads(json.dumps(report))
     expected = {
-        "matching": "spaced", "base_size": 382, "lexicon_words": 6, "known": 1, "new_tokens": 5,
+        "matching": "both", "base_size": 382, "lexicon_words": 6, "known": 1, "new_tokens": 5,
         "table_rows": 384, "padding_rows": 2, "new_ids_in_padding": 2, "total": 387,
-        "expansion_percent": 1.31, "devlog_known": 1, "words_never_matching": [],
-        "words_decoding_wrongly": [], "repaired_lines": {"duplicate": "7"}, "refused_lines": {},
+        "expansion_percent": 1.31, "second_forms": 0, "lexicon": config.lexicon,
+        "known_by_rule": {"one_token": 1, "exact_string": 1}, "words_decoding_wrongly": [],
+        "repaired_lines": {"duplicate": {7: "riverrun"}}, "refused_lines": {},
         "load_with": "AutoTokenizer",
     }  # fmt: skip
     assert {key: report[key] for key in expected} == expected
@@ -499,7 +404,7 @@ def test_report_figures(make):
     before = sum(len(encode(new.base, f" {word}")) for word in new.words) / 5
     assert report["tokens_per_new_word_before"] == round(before, 3)
     # "wea" and "wat" begin longer entries of the base: bare, two tokens
-    assert new.contents == [" riverrun", "wea", "wat", " naïvo", " never"]
+    assert contents(new) == [" riverrun", "wea", "wate", " naïvo", " never"]
     assert report["tokens_per_new_word_after"] == (1 + 2 + 2 + 1 + 1) / 5
     figures = report["corpus"]
     ids = encode(new.tokenizer, corpus)
@@ -519,9 +424,9 @@ def test_table_size_of_models_with_a_part_for_text(make):
 
 
 def test_report_counts_ordinary_words_that_plain_cuts_up(make):
-    corpus = "the water was riverrun\nthe Water a waters cold a b water wat\n"
+    corpus = "the water was riverrun\nthe Water a waters cold a b water wate\n"
     report = extended(
-        make(lexicon=["wat", "riverrun"], corpus=corpus, token_matching="plain")
+        make(lexicon=["wate", "riverrun"], corpus=corpus, token_matching="plain")
     ).report
     assert report["corpus"]["ordinary_words"] == 11
     assert report["corpus"]["ordinary_words_changed"] == 3
@@ -529,29 +434,30 @@ def test_report_counts_ordinary_words_that_plain_cuts_up(make):
 
 
 def test_report_says_where_the_round_trip_breaks(make, tmp_path):
-    corpus = "riverrun\n" * 40_000 + "a naïvo b\nand on\n"
+    corpus = "riverrun\n" * 40_000 + "and so\na naïvo b\n"
     config = make(corpus=corpus, token_matching="plain")
     report = extended(config).report
     assert report["words_decoding_wrongly"] == [
         "paùpulation", "andrée's", "phiz-à-phiz", "é's", "naïvo",
     ]  # fmt: skip
     assert report["corpus"]["first_bad_line"] == (
-        f"{tmp_path / 'corpus.txt'}, line 40001: 'a naïvo b' comes back as 'a na\ufffdvo b'"
+        f"{tmp_path / 'corpus.txt'}, line 40002: 'a naïvo b' comes back as 'a na\ufffdvo b'"
     )
-    config = make(corpus="a riverrun\ncafe\u0301\n")  # Qwen's own normalizer makes NFC of it
+    config = make("llama2", corpus="a riverrun\nx▁y\n")  # Llama-2 takes its sign for a space
     assert extended(config).report["corpus"]["first_bad_line"] == (
-        f"{tmp_path / 'corpus.txt'}, line 2: 'cafe\u0301' comes back as 'café'; "
+        f"{tmp_path / 'corpus.txt'}, line 2: 'x▁y' comes back as 'x y'; "
         "the base tokenizer is not exact either"
     )
 
 
 def test_printed_report(make, tmp_path):
-    corpus = "the riverrun, the riverrun water\n"
+    corpus = "the riverrun, the riverrun water\nriverrun\n"
+    words = tmp_path / "words.txt"
     lexicon = ["riverrun", "he", "two words", "riverrun", "w\u00e0s"]
     new = extended(make(lexicon=lexicon, corpus=corpus, model_config={"vocab_size": 383}))
     assert (
         format_report(new.report)
-        == """\
+        == f"""\
 | base vocabulary                   |       382 |
 | words in lexicon                  |         3 |
 | already known                     |         1 |
@@ -560,10 +466,18 @@ def test_printed_report(make, tmp_path):
 | new ids that fall there           |         1 |
 | final size                        |       384 |
 | expansion                         |    0.52 % |
-spaced matching: 1.0 tokens per new word in a sentence, 5.5 before
-lexicon lines repaired, duplicate: 4
-lexicon lines refused, inner blanks: 3
-corpus: 33 bytes, 19 tokens before, 7 after, 28.57% new; new words seen once 0, never 1
+| second forms, without a space     |         1 |
+| size with them                    |       385 |
+both matching: 1.0 tokens per new word in a sentence, 5.5 before
+lexicon: {words}
+the base spells 1 of its words with one token in a sentence; 1 are entries of the base vocabulary \
+as they stand
+lexicon lines repaired, duplicate: 4: 'riverrun'
+lexicon lines refused, blanks inside; a token is one word, so give each word a line: 3: 'two words'
+corpus: 42 bytes, 26 tokens before, 9 after, 33.33% new; new words seen once 0, never 1 (words.tsv)
+occurrences of new words: 3, of which one token 3 (100.00%)
+warning: the lexicon hardly occurs in the corpus (33.33% of the tokens, 3 times); its rows will \
+not learn much
 ordinary words whose ids changed: 0 of 3 (0.00%): none
 round trip of the corpus: exact"""
     )
@@ -573,7 +487,7 @@ def test_printed_report_says_what_else_there_is_to_know(make):
     text = format_report(extended(make("llama2")).report)
     assert "| padding rows of the model's table |   unknown |" in text
     assert "unknown: the model's folder has no config.json with a vocab_size" in text
-    assert "token_matching does not apply; known = held as a whole word; by exact string 0 " in text
+    assert "both matching: 1.053 tokens per new word in a sentence, 6.684 before" in text
     text = format_report(
         extended(make(token_matching="plain", model_config={"vocab_size": 9})).report
     )
@@ -832,13 +746,14 @@ def test_command_exit_statuses(make):
     assert (done.returncode, done.stderr) == (0, "") and "| new tokens " in done.stdout
     wrong = run(path, "lexicon=/no/words.txt")
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == "/no/words.txt: cannot be read: No such file or directory\n"
+    assert wrong.stderr == "lexicon: /no/words.txt: cannot be read: No such file or directory\n"
     assert run().returncode == 2 and "usage:" in run("--help").stdout
 
 
-def test_no_transformers_and_no_torch_for_a_model_with_a_tokenizer_json(make):
+def test_no_transformers_and_no_torch_until_a_tokenizer_is_saved(make):
     code = (
-        "import sys, extend_tokenizer as e; e.main(sys.argv[1]);"
+        "import sys, extend_tokenizer as e; config = e.load_config(sys.argv[1]);"
+        "print(e.format_report(e.extend(config, e.read_corpus(config)).report));"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'heavy'"
     )
     command = [sys.executable, "-c", code, str(config_file(make()))]
@@ -849,4 +764,4 @@ def test_no_transformers_and_no_torch_for_a_model_with_a_tokenizer_json(make):
 def test_extend_tokenizer_reads_a_lexicon_alone(tmp_path):
     (tmp_path / "w.txt").write_bytes(b"b\na\n")
     lexicon = read_lexicon(tmp_path / "w.txt")
-    assert lexicon == Lexicon(["b", "a"], {}, {})
+    assert lexicon == Lexicon(["b", "a"], {}, {}, str(tmp_path / "w.txt"))

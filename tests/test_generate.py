@@ -7,15 +7,18 @@ makes them). The reference is model.generate without streaming.
 """
 
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM
 
 import recover
-from config import UserError
+from config import Config, UserError
 from overlay import WakeOverlay
 from recover import TextStream, generate, main, write_sentry
 
@@ -206,7 +209,7 @@ def test_step_of_export_and_neighbours(run: Path, tmp_path: Path, capsys) -> Non
         main("export", str(run), str(out), "--format", "rows", *chosen)
         rows = (run / "snapshots" / f"step_{step:06d}" / "rows.safetensors").read_bytes()
         assert (out / "rows.safetensors").read_bytes() == rows
-        main("neighbours", str(run), *chosen)
+        main("neighbors" if step == 40 else "neighbours", str(run), *chosen)
         assert capsys.readouterr().out.count(f"step {step}") == 2
     for command in (("export", str(run), str(tmp_path / "x"), "--format", "rows"),
                     ("neighbours", str(run)), ("generate", str(run), "a")):  # fmt: skip
@@ -214,6 +217,68 @@ def test_step_of_export_and_neighbours(run: Path, tmp_path: Path, capsys) -> Non
             f"no whole sentry of step 50 in {run / 'snapshots'}, {run / 'sentries'}, {run}"
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_the_best_save_by_name(run: Path, tmp_path: Path, capsys) -> None:
+    """Of steps 40 and 60 the one with the lower held-out loss at that very step."""
+    with pytest.raises(UserError, match="no whole sentry of an evaluated step in "):
+        generate(run, PROMPT, step="best", **SHORT)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for step, loss in ((40, 4.0), (60, 4.5)):
+        marker = copy / "snapshots" / f"step_{step:06d}" / "state.json"
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"val_loss": loss}))
+    assert generate(copy, PROMPT, step="best", **SHORT) == reference(run, step=40)
+    main("export", str(copy), str(tmp_path / "x"), "--format", "rows", "--step", "best")
+    assert "step 40 as rows: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main("export", str(copy), str(tmp_path / "x"), "--format", "rows", "--step", "bets")
+
+
+def test_relative_paths_begin_where_the_run_was_started(tmp_path: Path, monkeypatch) -> None:
+    """The base model and sentry_dir are found from everywhere, and the run's folder may move."""
+    (tmp_path / "started").mkdir()
+    monkeypatch.chdir(tmp_path / "started")
+    run = with_step_60(make_run(Path(), device="cpu", sentry_dir="drive"))
+    assert recover.run_settings(run)["model_name"] == "model"
+    wanted = generate(run, PROMPT, **SHORT)
+    shutil.move(run / "snapshots", "drive")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(run, tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert generate("moved", PROMPT, **SHORT) == wanted
+    main("export", "moved", "out", "--format", "merged")
+    main("neighbours", "moved", "quark")
+
+
+def test_what_is_loaded_and_downloaded_is_said_with_its_size(tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(name, dry_run=False, revision=None, allow_patterns=None):
+        if name == "some/one":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+        assert dry_run and (revision, allow_patterns) == (None, ["*.safetensors"])
+        sizes = {"some/where": (True, 29.5e9, 4e8), "some/here": (False, 2e6)}[name]
+        return [SimpleNamespace(file_size=s, will_download=sizes[0]) for s in sizes[1:]]
+
+    def line(name: object) -> str:
+        keys = {"lexicon": "-", "corpus": "-", "run_dir": "-"}
+        return recover.loading_line(Config(model_name=str(name), **keys))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    minute = " (30 GB take about a minute)"
+    assert line("some/where") == (
+        f"loading some/where, 29.9 GB{minute}; 29.9 GB of it are downloaded first"
+    )
+    assert line("some/here") == f"loading some/here, 2.0 MB{minute}"
+    assert line("some/one") == "loading some/one"
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        assert line(tmp_path) == f"loading {tmp_path}"  # a small one is there at once
+        file.truncate(15 * 10**8)  # takes no room on the disk
+        assert line(tmp_path) == f"loading {tmp_path}, 1.5 GB{minute}"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: None)  # before 1.0
+    said = "loading some/where; what is not on this disk yet is downloaded first"
+    assert line("some/where") == said
 
 
 def refusal(*command: str) -> str:

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import overlay as overlay_module
 from machine import StepPlan, accumulate
-from overlay import FLOAT16_LOSS_SCALE, LossScale, chunked_cross_entropy, forward_backward
+from overlay import (
+    FLOAT16_LOSS_SCALE, PLAIN_HEAD, HeadFormula, LossScale, chunked_cross_entropy, forward_backward,
+)  # fmt: skip
 
 HIDDEN_SIZE = 16
 PADDING_ROWS = 9
@@ -49,14 +51,18 @@ def make_inputs(num_base: int, num_new: int, num_positions: int, dtype=torch.flo
     }
 
 
-def formula(inputs: dict, dtype: torch.dtype, softcap: float | None, scale: float):
+def formula(inputs: dict, dtype: torch.dtype, head: HeadFormula, scale: float):
     """Give losses, d hidden and d new rows of scale * losses.sum(), by autograd in `dtype`."""
     hidden = inputs["hidden_states"].to(dtype).requires_grad_()
     new_rows = inputs["new_rows"].detach().clone().requires_grad_()
     base_rows = inputs["base_rows"][: inputs["first_new_id"]].to(dtype)
     logits = torch.cat([hidden @ base_rows.T, hidden @ new_rows.to(dtype).T], dim=1)
     logits = logits if dtype == torch.float64 else logits.float()
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    if head.bias is not None:
+        num_base, num_new = len(base_rows), len(new_rows)
+        logits = logits + torch.cat([head.bias[:num_base].to(dtype), torch.zeros(num_new)])
+    logits = head.scale * logits
+    logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
     labels = inputs["labels"].clamp(min=-1)
     losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
     (scale * losses.sum()).backward()
@@ -72,18 +78,24 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 # The tolerance is a few roundings in fp32, and in bf16 one of d(logits), which both methods make.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    "logit_scale, softcap, has_bias",
+    [(1.0, None, False), (1.0, 3.0, False), (0.125, None, False), (0.25, 3.0, True)],
+)
 @pytest.mark.parametrize("num_positions", [1, 8, 16, 37])
 @pytest.mark.parametrize("num_base, num_new", [(5, 0), (64, 1), (130, 10), (70, 33)])
 def test_losses_and_gradients_are_no_worse_than_plain(
-    num_base, num_new, num_positions, softcap, dtype, tolerance
+    num_base, num_new, num_positions, logit_scale, softcap, has_bias, dtype, tolerance
 ):
     inputs, scale = make_inputs(num_base, num_new, num_positions, dtype), 0.37
-    truth = formula(inputs, torch.float64, softcap, scale)
-    plain = formula(inputs, dtype, softcap, scale)
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randn(num_base + PADDING_ROWS, generator=generator) if has_bias else None
+    head = HeadFormula(logit_scale, softcap, bias)
+    truth = formula(inputs, torch.float64, head, scale)
+    plain = formula(inputs, dtype, head, scale)
     rows_grad = torch.zeros(num_new, HIDDEN_SIZE)
     losses, grad = chunked_cross_entropy(
-        **inputs, new_rows_grad=rows_grad, scale=scale, softcap=softcap
+        **inputs, new_rows_grad=rows_grad, scale=scale, formula=head
     )
     assert losses.dtype == grad.dtype == torch.float32
     for ours, theirs, true in zip((losses, grad, rows_grad), plain, truth):
@@ -101,7 +113,7 @@ def test_without_scale_there_is_no_gradient_and_the_same_loss():
 
 def test_without_new_rows_it_is_the_base_models_loss():
     inputs = make_inputs(130, 0, 37)
-    truth = formula(inputs, torch.float64, None, 1.0)
+    truth = formula(inputs, torch.float64, PLAIN_HEAD, 1.0)
     losses, grad = chunked_cross_entropy(**{**inputs, "new_rows": None}, scale=1.0)
     assert error(losses, truth[0]) <= 1e-6 and error(grad, truth[1].double()) <= 1e-6
 
@@ -127,7 +139,7 @@ def test_uniform_logits_give_the_logarithm_of_the_vocabulary_exactly(num_base, n
 def test_huge_logits_stay_finite_and_right(size):
     inputs = make_inputs(64, 33, 20)
     inputs["hidden_states"] *= size
-    truth = formula(inputs, torch.float64, None, 1.0)
+    truth = formula(inputs, torch.float64, PLAIN_HEAD, 1.0)
     rows_grad = torch.zeros(33, HIDDEN_SIZE)
     losses, grad = chunked_cross_entropy(**inputs, new_rows_grad=rows_grad, scale=1.0)
     for ours, true in zip((losses, grad, rows_grad), truth):
@@ -155,11 +167,14 @@ def test_the_full_logits_are_never_made():
     num_base, num_new, num_positions = 500, 60, 200
     inputs = make_inputs(num_base, num_new, num_positions)
     with Largest() as plain:
-        formula(inputs, torch.float32, None, 1.0)
+        formula(inputs, torch.float32, PLAIN_HEAD, 1.0)
     assert plain.num_elements == num_positions * (num_base + num_new)
     with Largest() as ours:
         chunked_cross_entropy(
-            **inputs, new_rows_grad=torch.zeros(num_new, HIDDEN_SIZE), scale=1.0, softcap=5.0
+            **inputs,
+            new_rows_grad=torch.zeros(num_new, HIDDEN_SIZE),
+            scale=1.0,
+            formula=HeadFormula(softcap=5.0),
         )
     # The largest is a chunk of 8 over the base rows, 500 and 9 of padding, or all gradients.
     assert ours.num_elements == max(8 * (num_base + PADDING_ROWS), num_positions * HIDDEN_SIZE)
@@ -266,7 +281,7 @@ def test_float16_gradients_keep_small_softmax_entries():
     inputs["base_rows"][:, 0] = inputs["new_rows"][:, 0] = 0.0
     inputs["base_rows"][0, 0] = 3.45  # a token that has nearly all the probability: e**13.8
     scale = 1 / 2048
-    truth = formula(inputs, torch.float64, None, scale)
+    truth = formula(inputs, torch.float64, PLAIN_HEAD, scale)
     rows_grad = torch.zeros(96, HIDDEN_SIZE)
     _, grad = chunked_cross_entropy(**inputs, new_rows_grad=rows_grad, scale=scale)
     assert error(grad, truth[1].double()) <= 2**-8

@@ -11,14 +11,17 @@ import dataclasses
 import gc
 import json
 import math
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
-    CPU, FAMILIES, FIRST_NEW_ID, make_batch, make_model, make_overlay, random_ids, tiny_settings,
+    CPU, FAMILIES, FIRST_NEW_ID, REFUSED, make_batch, make_model, make_overlay, random_ids,
+    save_folder, tiny_settings,
 )  # fmt: skip
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -28,15 +31,16 @@ import machine
 import train
 from config import GIB, Config, UserError
 from machine import (
-    GraphedPass, StepPlan, attend_causally, capture, choose_plan, find_rotary, find_worker,
-    fit_to_machine, fuse_and_prove, known_errors_in_one_line, measure_peak, memory_plan,
-    relative_difference, run_step, undo_fusing,
+    GraphedPass, Parking, StepPlan, attend_causally, capture, choose_plan, dry_run, find_rotary,
+    find_worker, fit_to_machine, fuse_and_prove, known_errors_in_one_line, load_model, measure_peak,
+    memory_plan, model_without_weights, num_expert_weights, recompute_layers, relative_difference,
+    run_step, undo_fusing,
 )  # fmt: skip
-from overlay import LossScale, WakeOverlay, forward_backward
+from overlay import LossScale, WakeOverlay, find_body, forward_backward, is_tied
 
 
 def make_config(**changes) -> Config:
-    return Config(model_name="-", lexicon="-", corpus="-", run_dir="-", **changes)
+    return Config(**{"model_name": "-", "lexicon": "-", "corpus": "-", "run_dir": "-"} | changes)
 
 
 def same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 0.0) -> bool:
@@ -139,8 +143,83 @@ def test_the_plan_counts_what_the_config_changes():
 def test_the_plan_counts_every_weight_of_the_body(family):
     model = make_model(family)
     plan = memory_plan(model, 20, make_config(quantization="none", compute_dtype="float32"), 1)
-    weights = sum(weight.numel() for weight in model.base_model.parameters())
+    weights = sum(weight.numel() for weight in model.parameters())
+    if not is_tied(model):  # one of the two tables is kept on the card
+        weights -= model.get_output_embeddings().weight.numel()
     assert plan["body"] + plan["base head rows"] == pytest.approx(4 * weights / GIB)
+
+
+def base_folder(folder: Path, **settings) -> Config:
+    """A model folder with a config.json alone, which is all that a plan reads."""
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return dataclasses.replace(make_config(), model_name=str(folder))
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "vocab_size": 151_936, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_plan_of_a_mixture_of_experts_counts_all_of_them_in_16_bits(tmp_path, capsys):
+    """Each of 128 experts has three matrices in each of 48 layers; bitsandbytes leaves them."""
+    config = base_folder(tmp_path, **QWEN3_30B)
+    experts, attention = 48 * 128 * 3 * 2048 * 768, 48 * 2 * 2048 * (32 + 4) * 128
+    plan = memory_plan(model_without_weights(config), 20, config, 1)
+    if (
+        num_expert_weights(model_without_weights(config)) == 0
+    ):  # linear layers before transformers 5
+        experts *= 0.25
+    wanted = (2 * experts + attention * (0.5 + 1 / 64 + 1 / 4096)) / GIB
+    assert plan["body"] == pytest.approx(wanted, rel=0.002)  # and routers and norms
+    dry_run(config, 151_669, 20)
+    text = capsys.readouterr().out
+    assert re.search(r"T4 +does not fit", text)
+    assert experts % 1 or f"not in 4 bits: {experts:,} weights of experts, 54.00 GiB" in text
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_4b", "opt", "mamba", "falcon_h1"])
+def test_a_plan_needs_no_names_of_sizes(family, tmp_path, capsys):
+    config = base_folder(tmp_path, **make_model(family).config.to_dict())
+    dry_run(config, FIRST_NEW_ID, 20)
+    assert re.search(r"T4 +fits, micro_batch_size 16", capsys.readouterr().out)
+
+
+def test_a_plan_for_a_model_that_training_refuses_is_the_same_line(tmp_path):
+    config = base_folder(tmp_path, **make_model("gemma3n").config.to_dict())
+    with pytest.raises(UserError) as caught:
+        dry_run(config, FIRST_NEW_ID, 20)
+    assert str(caught.value) == REFUSED["gemma3n"][3]
+
+
+def test_a_model_stored_in_another_quantization_is_told_from_nf4(tmp_path):
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    config = base_folder(tmp_path, model_type="gpt_oss", quantization_config=settings)
+    for read in (model_without_weights, lambda config: load_model(config, CPU)):
+        with pytest.raises(UserError) as caught:
+            read(config)
+        assert str(caught.value) == (
+            f"quantization: {tmp_path} is stored quantized (mxfp4) and cannot become nf4; give"
+            " none, or a model_name that is stored in 16 bits"
+        )
+
+
+def test_loading_in_nf4_says_what_stays_in_16_bits(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32}
+    model = make_model("qwen3_moe", **sizes)
+    config = make_config(model_name=str(save_folder(model, tmp_path)), device="cpu")
+    loaded = load_model(config, CPU)
+    left = [p for p in loaded.parameters() if p.dim() == 3 and p.is_floating_point()]
+    text = capsys.readouterr().out
+    if left:
+        weights = sum(p.numel() for p in left)
+        assert weights == 2 * 4 * 3 * 64 * 64
+        assert text == f"not in 4 bits: {weights:,} weights of experts, 0.00 GiB\n"
+    else:  # before transformers 5 each expert is three linear layers
+        assert text == "" and transformers.__version__.startswith("4.")
 
 
 # ---- Fused pieces --------------------------------------------------------------------------------
@@ -157,8 +236,9 @@ def fuse(monkeypatch, overlay: WakeOverlay, change) -> str:
 
         return compiled
 
-    modeling, rotary = find_rotary(overlay.body)
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)  # put back after the test
+    modeling, rotary = find_rotary(overlay.layers)
+    if rotary:
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)  # put back after the test
     monkeypatch.setattr(torch, "compile", stand_in)
     plan = StepPlan(1, 0)
     fused = fuse_and_prove(plan, overlay, make_batch(overlay))
@@ -183,9 +263,14 @@ def test_fused_pieces_serve_training_alone_and_in_its_dtype(monkeypatch, family,
     wanted = train_once(overlay)
     note = lambda output: used.add((output.dim(), output.dtype)) or output  # noqa: E731
     assert fuse(monkeypatch, overlay, note) == "fused"
-    assert used == {(3, dtype), (4, dtype)}  # norms and gates have three dimensions, rotary four
+    # Norms and gates have three dimensions, rotary four. GPT-2 and OPT have none of these.
+    dims = {"mamba": {3}, "gpt_neox": {4}, "phi": {4}, "gpt2": set(), "opt": set()}
+    wanted_uses = {(dim, dtype) for dim in dims.get(family, {3, 4})}
+    if family == "mamba":  # it adds up its residuals in fp32
+        wanted_uses.add((3, torch.float32))
+    assert used == wanted_uses
     used.clear()
-    assert same(train_once(overlay), wanted, rounding(dtype)) and used
+    assert same(train_once(overlay), wanted, rounding(dtype)) and bool(used) == bool(wanted_uses)
     used.clear()
     with torch.no_grad():
         overlay.body(inputs_embeds=overlay.embed(random_ids(1, 9)))
@@ -273,6 +358,7 @@ def take_weights_from_norms(body) -> None:
     "family, change",
     [
         ("bitnet", None),  # its MLP has a norm in between
+        ("falcon_h1", None),  # its MLP multiplies
         ("doge", None),  # its attention needs a mask of its own
         ("qwen2_untied", clamp),
         ("qwen2_untied", add_unused_mlp),
@@ -294,8 +380,8 @@ def test_a_model_that_computes_something_else_is_trained_as_it_is(
     # same without its mask, and may then be fused.
     if not (family == "doge" and dtype == torch.bfloat16):
         assert remark.startswith("not fused") == (change is add_unused_mlp)
-    left_eager = "BitNetMLP" if family == "bitnet" else "ClampingMLP" if change is clamp else ""
-    assert left_eager == remark.partition(" but for ")[2]
+    left_eager = {"bitnet": "BitNetMLP", "falcon_h1": "FalconH1MLP"}.get(family, "")
+    assert remark.partition(" but for ")[2] == ("ClampingMLP" if change is clamp else left_eager)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -306,11 +392,13 @@ def test_attention_without_a_mask_is_the_same_to_the_bit(monkeypatch, family):
     ids = torch.randint(0, FIRST_NEW_ID, (2, 24), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=ids, use_cache=False).logits
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    continued, kind = model.generate(ids[:1], **greedy), model.config._attn_implementation
+    settings = model.config.get_text_config()
+    continued, kind = model.generate(ids[:1], **greedy), settings._attn_implementation
     attend_causally(model)
-    causal = model.config._attn_implementation == "causal_sdpa"
-    has_window = getattr(model.config, "sliding_window", None)
-    assert causal == (kind == "sdpa" and not has_window) and causal != family.startswith("gemma")
+    causal = settings._attn_implementation == "causal_sdpa"
+    has_window = getattr(settings, "sliding_window", None)
+    assert causal == (kind == "sdpa" and not has_window)
+    assert causal != family.startswith(("gemma", "mamba"))
     assert torch.equal(model.generate(ids[:1], **greedy), continued)
 
     def attention(*arguments, attn_mask=None, **keywords):
@@ -320,7 +408,7 @@ def test_attention_without_a_mask_is_the_same_to_the_bit(monkeypatch, family):
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
-    assert not causal or masks == [None] * len(model.model.layers)
+    assert not causal or masks == [None] * len(find_body(model)[1])
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -469,6 +557,148 @@ def test_a_cpu_takes_what_the_config_says():
         assert [plan.micro_batch_size, plan.num_recomputed_layers] == wanted
 
 
+# ---- Parked activations --------------------------------------------------------------------------
+
+
+class InOrder:
+    """Stands in for a stream: a CPU does one thing after another."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def wait_event(self, event) -> None: ...
+
+    def record_event(self) -> object:
+        return object()
+
+
+@pytest.fixture
+def no_streams(monkeypatch):
+    """Let a Parking work on a CPU, and take tensors and blocks of the tiny models' size."""
+
+    def on_the_cpu(make):
+        def call(*arguments, pin_memory=False, **keywords):
+            return make(*arguments, **{**keywords, "device": "cpu"})
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", on_the_cpu(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", on_the_cpu(torch.empty_like))
+    monkeypatch.setattr(torch.cuda, "Stream", InOrder)
+    monkeypatch.setattr(torch.cuda, "current_stream", InOrder)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(machine, "PARKED_BYTES", 100)
+    monkeypatch.setattr(machine, "PINNED_BLOCK", 2**16)
+
+
+@pytest.mark.parametrize(
+    "carried, room, count, num_parked",
+    [
+        # Layers of 10 bytes with inputs of 2: 48 inputs are 96 bytes, and 8 more park a layer.
+        (5.0, 2.0**40, 48, 18),  # (240 - 96) / 8
+        (5.0, 2.0**40, 40, 15),  # layers that keep theirs give the bus no time
+        (50.0, 2.0**40, 48, 48),
+        (1.9, 2.0**40, 48, 0),  # the bus does not even carry the inputs
+        (5.0, 299.0, 48, 10),  # two blocks of 100, of which nine tenths are counted on
+        (5.0, 99.0, 48, 0),
+        (5.0, 0.0, 48, 0),  # max_host_gib: 0
+        (5.0, -1e9, 48, 0),  # the host is full already
+    ],
+)
+def test_as_many_layers_are_parked_as_bus_and_host_take(
+    monkeypatch, no_streams, carried, room, count, num_parked
+):
+    monkeypatch.setattr(machine, "PINNED_BLOCK", 100)
+    assert Parking(nn.Linear(1, 1), (10.0, 2.0, carried, room)).takes(count) == num_parked
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("carried, parked", [(1e9, [0, 1]), (12_000.0, [0]), (0.0, [])])
+@pytest.mark.parametrize("num_blocks", [1, 16])
+def test_parked_layers_give_the_same_bits(
+    monkeypatch, no_streams, fused, carried, parked, num_blocks
+):
+    """With one block most tensors find no room, and stay where they are."""
+    overlay, plan = make_overlay(), StepPlan(8, 0)
+    if fused:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        machine.fuse_elementwise(overlay)
+    wanted = take_step(overlay, plan)
+    parking = Parking(overlay.body, (12_001.0, 12_000.0 / 2, carried, num_blocks * 2.0**16))
+    monkeypatch.setattr(parking, "takes", lambda count: len(parked))
+    recompute_layers(overlay.layers, 2, parking)
+    for _ in range(2):
+        assert same(take_step(overlay, plan), wanted)
+    assert len(parking.blocks) <= num_blocks
+    if num_blocks > 1:
+        kinds = [len(notes) > 1 for notes in parking.layers]  # a recomputed layer parks its input
+        assert kinds == [number in parked for number in range(2)]
+    assert all(note.card is None for notes in parking.layers for note in notes)
+    with torch.no_grad():  # an evaluation parks nothing
+        parking.layers = None
+        overlay.body(inputs_embeds=torch.zeros(1, 4, 32), use_cache=False)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_pass_that_breaks_off_leaves_nothing_of_a_parking(no_streams, place):
+    """1, 2: in the forward pass of a layer; 3: while layer 1 is recomputed."""
+    overlay, calls = make_overlay(), []
+    parking = Parking(overlay.body, (12_001.0, 6_000.0, 9_001.0, 2.0**20))
+    assert parking.takes(2) == 1
+    recompute_layers(overlay.layers, 2, parking)
+
+    def full(*_):
+        calls.append(1)
+        if len(calls) == place:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    overlay.body.layers[0].mlp.act_fn = overlay.body.layers[1].mlp.act_fn = nn.SiLU()
+    overlay.body.layers[0].mlp.act_fn.register_forward_hook(full)
+    peak, left = measure_peak_of(overlay, parking), weakref.ref(parking)
+    assert peak is None
+    del parking
+    recompute_layers(overlay.layers, 2)
+    gc.collect()
+    assert left() is None
+
+
+def measure_peak_of(overlay: WakeOverlay, parking: Parking) -> int | None:
+    return measure_peak(overlay, make_batch(overlay), 2, 2, parking)
+
+
+def test_a_host_that_cannot_pin_memory_parks_nothing(monkeypatch, no_streams):
+    overlay, empty = make_overlay(), torch.empty
+
+    def full(*size, pin_memory=False, **keywords):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **keywords)
+
+    monkeypatch.setattr(torch, "empty", full)
+    parking = Parking(overlay.body, (12_001.0, 6_000.0, 1e9, 2.0**20))
+    assert parking.takes(2) == 2 and measure_peak_of(overlay, parking) is None
+
+
+def test_a_recomputed_layer_dequantizes_its_matrices_twice(monkeypatch):
+    """All but the last one, which nothing needs again: six and one in each of two layers."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    overlay, calls, real = make_overlay(), [], functional.dequantize_4bit
+    for name, module in list(overlay.body.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            has_bias, shape = module.bias is not None, (module.in_features, module.out_features)
+            nf4 = Linear4bit(*shape, has_bias, torch.float32, quant_type="nf4")
+            nf4.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            nf4.bias = module.bias
+            overlay.body.layers.set_submodule(name, nf4.to("cpu"))
+    wanted = take_step(overlay, StepPlan(8, 0))
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *a: (calls.append(1), real(*a))[1])
+    recompute_layers(overlay.layers, 2)
+    assert same(take_step(overlay, StepPlan(8, 2)), wanted)
+    # bitsandbytes itself calls it for the last matrix: in backward, and in old versions in forward.
+    assert len(calls) in (2 * (6 + 6 + 1), 2 * (6 + 6 + 2))
+
+
 # ---- Out of memory -------------------------------------------------------------------------------
 
 
@@ -490,7 +720,7 @@ def hold_at_most(overlay: WakeOverlay, num_sequences: int) -> list[int]:
 def test_the_peak_is_that_of_a_real_pass():
     overlay, calls = make_overlay(), []
     batch, sizes = make_batch(overlay), hold_at_most(overlay, 2)
-    overlay.body.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    overlay.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     assert measure_peak(overlay, batch, 2, 1) == 0  # a CPU's allocator tells nothing
     assert sizes == [2] and len(calls) == 2  # layer 0 is recomputed
     assert measure_peak(overlay, batch, 4, 1) is None
@@ -573,7 +803,7 @@ def test_out_of_memory_in_an_evaluation_repeats_it_without_graphs(tmp_path, monk
 def test_the_next_step_is_prepared_once_before_the_last_backward():
     """A GPU then still has the forward pass to work off."""
     overlay, order = make_overlay(), []
-    overlay.body.layers[0].register_full_backward_hook(lambda *_: order.append("backward"))
+    overlay.layers[0].register_full_backward_hook(lambda *_: order.append("backward"))
     batch, plan = make_batch(overlay), StepPlan(3, 0)
     run_step(plan, batch, overlay, CPU, LossScale(), lambda: order.append("next"))
     assert order == ["backward", "backward", "next", "backward"]

@@ -62,8 +62,10 @@ class Notebook:
                 printed.append(content.get("text") or "\n".join(content["traceback"]))
                 if stop_at and stop_at in printed[-1]:
                     self.manager.interrupt_kernel()
-            elif message["msg_type"] == "display_data":  # tqdm's bar, if ipywidgets is installed
-                printed.append(content["data"].get("text/plain", ""))
+            elif message["msg_type"].endswith("display_data"):  # and update_display_data
+                data = content["data"]
+                text = "[picture]" if "image/png" in data else data.get("text/plain", "")
+                printed.append(data.get("text/markdown", text))
 
         reply = self.client.execute_interactive(cell, output_hook=collect, timeout=300)
         text = "".join(printed)
@@ -94,6 +96,9 @@ def table_of(text: str) -> list[str]:
 def test_pasted_train_takes_a_yaml(pasted):
     text = pasted.run(f'train("configs/sample.yaml", "max_steps=4", "run_dir=yaml", {TINY_TEXT})')
     assert table_of(text) == ["0", "4"]
+    assert text.count("[picture]") == 2  # drawn after the first evaluation, then updated
+    assert text.index("[picture]") < text.index("step 1/4  loss ")
+    assert "export    python recover.py export yaml OUT --format merged" in text
     assert all(f"step {n}/4  loss " in text for n in (1, 2, 3, 4))
     assert re.search(r"\| [04]/4 \[", text), "no bar"
 
@@ -203,5 +208,5 @@ def test_the_colab_recipe_and_the_same_cells_after_a_disconnect(tmp_path, monkey
     assert f"continuing from {project / 'sentries' / 'step_000002'}, step 2\n" in outputs[2]
     assert (project / "sentries" / "step_000006" / "state.json").exists()
     assert f"torch {importlib.metadata.version('torch')}" in outputs[2]
-    assert table_of(outputs[2]) == ["0", "6"]
+    assert "bits per byte of held-out text: untouched " in outputs[2]
     assert "image/png" in outputs[3] and TABLE_HEAD in outputs[3]

@@ -7,6 +7,7 @@ autograd on tables that were resized by hand. Rows and weights are random and of
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ import overlay as overlay_module
 from config import Config, UserError
 from machine import StepBatch, StepPlan, accumulate, recompute_layers
 from overlay import (
-    LossScale, Optimizer, WakeOverlay, check_model, dense_weight, output_mode, spherical_rows,
-    starting_rows, subtoken_mean,
+    HeadFormula, LossScale, Optimizer, WakeOverlay, check_ids, check_model, dense_weight,
+    output_mode, spherical_rows, starting_rows, subtoken_mean,
 )  # fmt: skip
 
 # 20 new words have the ids 257..276; 257..263 fall on padding rows of a 264-row table.
@@ -156,7 +157,7 @@ def test_training_and_uninstalling_leave_the_base_bitwise_alone(family, output_r
     optimizer = Optimizer(overlay)
     rows_before = [tensor.clone() for tensor in optimizer.tensors().values()]
     overlay.install()
-    assert model.config.vocab_size == overlay.vocab_size == VOCAB_SIZE
+    assert model.config.get_text_config().vocab_size == overlay.vocab_size == VOCAB_SIZE
     batch = make_batch(overlay)
     for _ in range(2):
         run_accumulate(overlay, batch)
@@ -192,7 +193,8 @@ def reference_gradients(reference: nn.Module, batch: StepBatch):
     logits = reference(input_ids=batch.x).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.y.flatten())
     loss.backward()
-    embedding, head = reference.model.embed_tokens.weight, reference.lm_head.weight
+    embedding = reference.get_input_embeddings().weight
+    head = reference.get_output_embeddings().weight
     return loss.item(), embedding.grad, None if head is embedding else head.grad
 
 
@@ -259,11 +261,11 @@ def test_recomputing_layers_gives_the_same_bits(family):
     found = []
     for num_layers in (0, 1, 2, 0):  # the last as if nothing had been recomputed before
         overlay, calls = make_overlay(family), []
-        for layer in overlay.body.layers:
+        for layer in overlay.layers:
             for part in (layer, layer.self_attn):
                 part.register_forward_hook(lambda module, *_, calls=calls: calls.append(module))
-        recompute_layers(overlay.body, 2)
-        recompute_layers(overlay.body, num_layers)
+        recompute_layers(overlay.layers, 2)
+        recompute_layers(overlay.layers, num_layers)
         run_accumulate(overlay, make_batch(overlay))
         assert len(calls) == 4 + num_layers  # a recomputed layer's attention runs twice
         found.append(all_gradients(overlay))
@@ -340,13 +342,87 @@ def test_auto_shares_the_rows_if_the_head_is_tied():
 # ---- What the overlay cannot serve ---------------------------------------------------------------
 
 
-def test_more_tokens_than_rows_in_the_table_are_refused():
-    model = make_model("qwen2_untied")
+@pytest.mark.parametrize("output_rows", ["auto", "separate"])
+def test_a_table_may_be_shorter_than_its_tokenizer(output_rows):
+    """As Gemma 3 1B's, by one row. That token has no logit, and none of the others changes."""
+    model = make_model("gemma3", vocab_size=FIRST_NEW_ID - 2)
+    rows = [random_rows(model, NUM_NEW, seed) for seed in (1, 2)[: 1 + (output_rows != "auto")]]
+    overlay = WakeOverlay(model, FIRST_NEW_ID, *rows)
+    reference = full_table_model(model, FIRST_NEW_ID, *rows)
+    overlay.install()
+    stream = random_ids(81)
+    stream[(stream >= FIRST_NEW_ID - 2) & (stream < FIRST_NEW_ID)] = 0
+    x, y = stream[:-1].view(8, 10), stream[1:].view(8, 10)
+    without = slice(FIRST_NEW_ID - 2, FIRST_NEW_ID)
+    logits = reference(input_ids=x).logits.detach()
+    logits[..., without] = -torch.inf
+    with torch.no_grad():
+        ours = model(input_ids=x).logits
+    assert (ours[..., without] == -torch.inf).all() and ours.shape == logits.shape
+    assert_close(ours.clamp(min=-1e9), logits.clamp(min=-1e9), 1e-5)
+    loss = run_accumulate(overlay, StepBatch(1, x, y, overlay.base_embed(x), x, torch.arange(8)))
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()))
     with pytest.raises(UserError) as caught:
-        WakeOverlay(model, TABLE_ROWS + 1, random_rows(model, 2, 0))
+        check_ids(model, FIRST_NEW_ID, torch.tensor([3, FIRST_NEW_ID - 1, FIRST_NEW_ID]))
     assert str(caught.value) == (
-        "Qwen2ForCausalLM has tables of 264 rows, but its tokenizer has 265 tokens; the overlay"
-        " serves models whose tables hold every token of their own tokenizer"
+        "corpus: it holds the token 256, for which Gemma3ForCausalLM has no row: its tables have"
+        " 255 rows, its tokenizer 257 tokens; take that token out of the texts"
+    )
+
+
+def refusal(model: nn.Module) -> str:
+    """The one line that refuses this model, which is then as it was before."""
+    rows = [random_rows(model, 3, seed) for seed in (1, 2)]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with pytest.raises(UserError) as caught:
+        WakeOverlay(model, FIRST_NEW_ID, *rows).install()
+    assert (model.get_input_embeddings(), model.get_output_embeddings()) == (embedding, head)
+    assert model.config.vocab_size == TABLE_ROWS and len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+def test_a_model_that_sees_what_follows_is_refused(monkeypatch):
+    model = make_model("qwen2_untied")
+    layer = model.model.layers[0]
+    own = layer.forward
+
+    def forward(hidden_states, *arguments, **keywords):
+        return own(hidden_states.flip(1), *arguments, **keywords)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    assert refusal(model) == (
+        "Qwen2ForCausalLM lets a token see those that follow it; the overlay serves causal language"
+        " models"
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, AttributeError])
+def test_what_a_models_own_code_raises_becomes_one_line(monkeypatch, error):
+    model = make_model("qwen2_untied")
+
+    def forward(*_, **__):
+        raise error("sizes\ndiffer")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", forward)
+    assert refusal(model) == (
+        f"Qwen2ForCausalLM fails in a pass over eight tokens ({error.__name__}: sizes differ); the"
+        " overlay serves causal language models with one embedding and one linear head"
+    )
+
+
+def test_a_model_that_makes_its_logits_from_the_base_table_is_refused(monkeypatch):
+    model = make_model("qwen2_tied")
+
+    class OwnHead(type(model)):
+        def forward(self, input_ids, **keywords):
+            out = self.model(input_ids, use_cache=False)
+            logits = out.last_hidden_state @ self.model.embed_tokens.weight.T
+            return SimpleNamespace(logits=logits)
+
+    model.__class__ = OwnHead
+    assert refusal(model) == (
+        "OwnHead gives 264 logits for 260 tokens; the overlay serves causal language models with"
+        " one embedding and one linear head"
     )
 
 
@@ -380,7 +456,7 @@ def test_a_layer_that_computes_something_of_its_own_is_refused(part):
 def test_a_refused_model_is_given_back_untouched():
     overlay = make_overlay(output_rows="shared")
     model = overlay.model
-    overlay.softcap = 1.0  # as if the model capped its logits in a way of its own
+    overlay.formulas = [HeadFormula(softcap=1.0)]  # as if the model's config said so
     with pytest.raises(UserError, match="^Qwen2ForCausalLM computes logits from its hidden"):
         overlay.install()
     assert model.config.vocab_size == TABLE_ROWS

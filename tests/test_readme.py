@@ -186,7 +186,7 @@ def sample(tmp_path_factory) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside this one
     )
     assert result.returncode == 0, result.stderr
-    assert (run_dir / "loss_table.md").read_text(encoding="utf-8").strip() in result.stdout
+    assert f"generate  python recover.py generate {run_dir} 'And in the morning" in result.stdout
     return run_dir
 
 

@@ -167,10 +167,7 @@ def test_other_run_and_wrong_step(tmp_path: Path) -> None:
     assert (
         reason(path, IDENTITY | {"model_name": "x"}) == "other model_name ('base' instead of 'x')"
     )
-    assert (
-        reason(path, IDENTITY | {"words_sha256": "v"})
-        == "other lexicon's words ('w' instead of 'v')"
-    )
+    assert reason(path, IDENTITY | {"words_sha256": "v"}) == "other lexicon's words"
     assert (
         reason(path, {"model_revision": "main"}) == "other model_revision (None instead of 'main')"
     )
@@ -256,6 +253,28 @@ def test_set_aside_keeps_what_is_newer_under_another_name(tmp_path: Path) -> Non
         set_aside([tmp_path], check_sentry(tmp_path / "step_000020", IDENTITY))
         assert steps(tmp_path) == [20]
         assert (tmp_path / f"step_000040.aside-{round_}" / "state.json").exists()
+
+
+def test_the_best_is_the_one_with_the_lowest_held_out_loss(tmp_path: Path) -> None:
+    """Only a save at an evaluation has a loss. Of equal ones the newest counts, and in place of a
+    damaged one the next best."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, step, loss in ((a, 20, 4.5), (a, 40, 4.0), (b, 60, 4.0), (a, 80, None)):
+        save(folder, step, val_loss=loss)
+    save(a, 100)  # written before saves had the key
+    save(a, 120, val_loss=1.0)
+    (a / "step_000120" / "state.json").write_text("{")
+    assert [path.name for path in recover.by_held_out_loss(a, b)] == [
+        "step_000060", "step_000040", "step_000020",
+    ]  # fmt: skip
+    assert pick_sentry([a, b], IDENTITY, "best")[0].step == 60
+    (b / "step_000060" / "words.txt").unlink()
+    sentry, skipped = pick_sentry([a, b], IDENTITY, "best")
+    assert sentry.step == 40 and skipped == [f"{b / 'step_000060'}: words.txt is missing"]
+    prune(a, 1)
+    assert steps(a) == [120, 40]
+    with pytest.raises(UserError, match="no whole sentry of an evaluated step in "):
+        pick_sentry([tmp_path / "none"], IDENTITY, "best")
 
 
 def test_prune_keeps_the_newest_and_removes_leavings(tmp_path: Path) -> None:
@@ -473,6 +492,37 @@ def test_a_local_folder_that_is_the_durable_one_is_not_copied(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["step_000020"] and said == []
 
 
+def test_a_slow_folder_gets_the_newest_and_the_best_in_turn(tmp_path: Path, at_fault_point) -> None:
+    """New saves come while each copy is made, so that there always is a newest one to copy."""
+    local, durable = tmp_path / "snapshots", tmp_path / "drive"
+    save(local, 20, val_loss=1.0)
+    save(local, 40)
+    copied = []
+
+    def one_more(step: int) -> None:
+        copied.append(step)
+        if (newest := steps(local)[0]) < 100:
+            save(local, newest + 20)
+
+    at_fault_point("verified", one_more)
+    SentryWriter(local, durable, 2).finish()
+    assert copied == [40, 20, 80, 100] and steps(durable) == [100, 80, 20]
+
+
+def test_files_are_copied_where_there_are_no_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    source = save(tmp_path / "a", 20)
+    linked = copy_sentry(source, tmp_path / "b", recover.link_or_copy)
+    monkeypatch.setattr(os, "link", refuse)
+    copied = copy_sentry(source, tmp_path / "c", recover.link_or_copy)
+    for name in ("rows.safetensors", "words.txt"):
+        assert (linked / name).samefile(source / name)
+        assert not (copied / name).samefile(source / name)
+        assert (copied / name).read_bytes() == (source / name).read_bytes()
+
+
 @pytest.mark.parametrize("there", ["nothing", "whole", "damaged"])
 def test_a_start_copies_the_save_that_was_left_alone(there: str, tmp_path: Path) -> None:
     """A run that continues and has nothing more to save brings its last save to the Drive."""
@@ -597,7 +647,7 @@ def test_listing(tmp_path: Path, capsys) -> None:
     wanted = [
         ("step", "folder", "MiB", "state"),
         ("1,040", "snapshots", "no state.json; the save was cut off before its end"),
-        ("1,020", "snapshots", "other lexicon's words ('other' instead of 'w')"),
+        ("1,020", "snapshots", "other lexicon's words"),
         ("1,000", "snapshots", "whole"), ("1,000", "sentries", "whole"),
         ("200", "snapshots", "whole"), ("200", "sentries", "whole"),
     ]  # fmt: skip

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -136,6 +137,7 @@ def test_n_steps_kill_n_steps_equal_2n(settings, tmp_path, monkeypatch, quantiza
 
 def test_continuing_from_the_durable_folder_alone(settings, tmp_path, monkeypatch, straight):
     durable = tmp_path / "drive" / "saves"
+    durable.parent.mkdir()
     die_at(monkeypatch, 7)
     with pytest.raises(Killed):
         run(settings, tmp_path / "run", sentry_dir=str(durable))
@@ -147,6 +149,7 @@ def test_continuing_from_the_durable_folder_alone(settings, tmp_path, monkeypatc
 def test_damaged_local_saves_never_replace_their_copies(settings, tmp_path, monkeypatch, straight):
     """Not even if their hashes agree, of the same step or of an older one."""
     durable = tmp_path / "drive" / "saves"
+    durable.parent.mkdir()
     die_at(monkeypatch, 7)
     with pytest.raises(Killed):
         run(settings, tmp_path / "run", sentry_dir=str(durable), keep_sentries=9)
@@ -192,6 +195,30 @@ def test_keep_sentries(settings, tmp_path, keep):
     assert steps(tmp_path / "drive")[-1] == 8 and len(steps(tmp_path / "drive")) <= keep
 
 
+def test_the_save_of_the_lowest_held_out_loss_is_made_and_kept(settings, tmp_path, monkeypatch):
+    """Step 3 has it, between two regular saves. Both folders keep it beside the newest, the next
+    start too, and a lower loss takes its place."""
+    real, losses = train.held_out_loss, iter([9.0, 4.0, 5.0, 4.5, 3.0])  # of steps 0, 3, 6, 9, 12
+    monkeypatch.setattr(train, "held_out_loss", lambda *a: real(*a) | {"val_loss": next(losses)})
+    how = {"eval_every": 3, "save_every": 4, "keep_sentries": 1, "sentry_dir": str(tmp_path / "d")}
+    folders = [tmp_path / "run" / "snapshots", tmp_path / "d"]
+    for max_steps, wanted, best in ((6, [3, 6], 4.0), (9, [3, 9], 4.0), (12, [12], 3.0)):
+        run(settings, tmp_path / "run", max_steps=max_steps, **how)
+        assert [steps(folder) for folder in folders] == [wanted, wanted]
+        sentry, _ = recover.pick_sentry(folders, {}, "best")
+        assert (sentry.step, sentry.state["val_loss"]) == (wanted[0], best)
+
+
+def test_without_a_sentry_dir_the_two_folders_share_their_files(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=2)
+    local, durable = (tmp_path / "run" / n / "step_000002" for n in ("snapshots", "sentries"))
+    for name in ("rows.safetensors", "words.txt", "metrics.jsonl", "samples.md"):
+        assert (local / name).samefile(durable / name)
+    run(settings, tmp_path / "other", max_steps=2, sentry_dir=str(tmp_path / "drive"))
+    saves = (tmp_path / "other" / "snapshots" / "step_000002", tmp_path / "drive" / "step_000002")
+    assert not saves[0].joinpath("rows.safetensors").samefile(saves[1] / "rows.safetensors")
+
+
 def test_fresh_moves_everything_and_only_when_the_new_run_can_start(settings, tmp_path):
     """A user's own notes move too; only the lock and the runs put aside before stay."""
     run_dir = tmp_path / "run"
@@ -219,15 +246,17 @@ def test_fresh_makes_a_lexicon_from_the_corpus_anew(settings, tmp_path):
     lexicon.write_text("glimock\n", encoding="utf-8")  # as after an edit by hand
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="the val text has"):
-        run(settings, run_dir, fresh=True, seq_len=2000, **changed)
+        run(settings, run_dir, fresh=True, seq_len=1000, **changed)
     with pytest.raises(UserError, match="no word of the corpus occurs 999 times"):
         run(settings, run_dir, fresh=True, lexicon_min_count=999, **changed)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
     run(settings, run_dir, fresh=True, **changed)
     assert (run_dir / "old-1" / "lexicon.txt").read_text(encoding="utf-8") == "glimock\n"
     assert len(lexicon.read_text(encoding="utf-8").splitlines()) > 1
-    words = run_dir / "snapshots" / "step_000002" / "words.txt"
-    assert words.read_text(encoding="utf-8") == lexicon.read_text(encoding="utf-8")
+    words = (run_dir / "snapshots" / "step_000002" / "words.txt").read_text(encoding="utf-8")
+    taken = lexicon.read_text(encoding="utf-8")
+    # Second forms come last.
+    assert words.startswith(taken) and set(words.split()) == set(taken.split())
 
 
 @pytest.mark.parametrize("option", [{"fresh": True}, {"step": 2}])
@@ -271,7 +300,7 @@ def test_a_refused_command_changes_nothing(settings, tmp_path):
     run_dir = tmp_path / "run"
     run(settings, run_dir, max_steps=2)
     before = {path: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
-    with pytest.raises(UserError, match="token_matching: the run was started with 'spaced'"):
+    with pytest.raises(UserError, match="token_matching: the run was started with 'both'"):
         run(settings, run_dir, token_matching="bare", max_steps=2)
     config = (run_dir / "config.yaml").read_bytes()
     words = ["token_matching=bare"]
@@ -312,13 +341,15 @@ REFUSED = {
     "output_rows": "shared", "seq_len": 8, "effective_batch_size": 8, "learning_rate": 0.02,
     "warmup_ratio": 0.2, "row_coupling": 0.5, "kin_coupling": 0.5, "max_grad_norm": 2.0, "seed": 7,
     "val_fraction": 0.2, "model_name": "other", "model_revision": "main",
+    "known_words": "exact_string",
 }  # fmt: skip
 ALLOWED = {
     "compute_dtype": "bfloat16", "device": "auto", "micro_batch_size": 2, "max_steps": 9,
     "gradient_checkpointing": "true", "compile": "false", "log_every": 3, "eval_every": 3,
     "save_every": 3, "keep_sentries": 5, "run_dir": "x", "sentry_dir": "y",
-    "max_gpu_gib": 5.0, "prompts": ["a"], "tensorboard": True, "trust_remote_code": True,
-    "lexicon": "l", "corpus": "c", "lexicon_min_count": 7, "lexicon_min_base_tokens": 7,
+    "max_gpu_gib": 5.0, "max_host_gib": 2.0, "prompts": ["a"], "tensorboard": True,
+    "trust_remote_code": True, "lexicon": "l", "corpus": "c", "lexicon_min_count": 7,
+    "lexicon_min_base_tokens": 7, "lexicon_skip_capitalized": True, "lexicon_exclude": "e",
 }  # fmt: skip
 
 
@@ -329,16 +360,69 @@ def test_each_key_of_a_changed_config(settings, tmp_path):
     old = json.loads(json.dumps(dataclasses.asdict(config)))
     assert {*REFUSED, *ALLOWED} == set(old), "a key is in neither group"
     for name, value in REFUSED.items():
+        assert train.changed_keys(old, dataclasses.replace(config, **{name: value})) == [
+            f"{name}: the run was started with {old[name]!r}, now it is {value!r}"
+        ]
+    for name, value in ALLOWED.items():
+        value = tuple(value) if isinstance(value, list) else value
+        assert not train.changed_keys(old, dataclasses.replace(config, **{name: value}))
+
+
+def test_a_changed_lexicon_is_named_in_words_and_other_changes_beside_it(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=2)
+    words = Path(settings["lexicon"]).read_text(encoding="utf-8").split()
+    lexicon, corpus = tmp_path / "other.txt", tmp_path / "corpus.txt"
+    lexicon.write_text("\n".join([*words[3:], "day", "by"]), encoding="utf-8")
+    corpus.write_text(Path(settings["corpus"]).read_text(encoding="utf-8") + "more\n")
+    changes = {"lexicon": str(lexicon), "corpus": str(corpus), "seed": 7, "max_steps": 2}
+    for step in (None, 2):
         with pytest.raises(UserError) as caught:
-            train.compare_configs(old, dataclasses.replace(config, **{name: value}))
+            run(settings, tmp_path / "run", step=step, **changes)
         assert caught.value.problems == (
-            f"{name}: the run was started with {old[name]!r}, now it is {value!r}",
+            "seed: the run was started with 42, now it is 7",
+            "the lexicon changed: 2 words added, 3 gone",
+            "corpus: its text is not the one that the run was started with",
             "put these keys back to continue, or start over with --fresh (the old run is kept"
             " aside)",
         )
-    for name, value in ALLOWED.items():
-        value = tuple(value) if isinstance(value, list) else value
-        train.compare_configs(old, dataclasses.replace(config, **{name: value}))
+    lexicon.write_text("\n".join(words[::-1]), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "run", lexicon=str(lexicon), max_steps=2)
+    line = "the lexicon changed: 0 words added, 0 gone; the same words have other ids"
+    assert caught.value.problems[0] == line
+    # As a notebook's user does what the error advises.
+    path = (tmp_path / "run").with_suffix(".yaml")
+    assert train.train(load_config(path), "--fresh", "max_steps=1")["step"] == 1
+    assert (tmp_path / "run" / "old-1" / "snapshots" / "step_000002").is_dir()
+
+
+def test_a_finished_run_keeps_its_settings(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=4)
+    path = tmp_path / "run" / "config.yaml"
+    before = path.read_bytes()
+    assert run(settings, tmp_path / "run", max_steps=2, log_every=7)["step"] == 4
+    assert path.read_bytes() == before
+    path.unlink()
+    run(settings, tmp_path / "run", max_steps=2)
+    assert load_config(path).max_steps == 2
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.25, 1.0])
+def test_every_step_trains(settings, tmp_path, warmup_ratio):
+    """The cosine from the peak ends one step past the last one; one step alone moves rows."""
+    path = (tmp_path / "run").with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings | {"run_dir": "r"}), encoding="utf-8")
+    config = load_config(path, "max_steps=8", f"warmup_ratio={warmup_ratio}", "learning_rate=1")
+    rates = [train.learning_rate_at(step, config) for step in range(1, 9)]
+    warm = round(8 * warmup_ratio)
+    wanted = [step / warm for step in range(1, warm + 1)]
+    wanted += [0.5 + 0.5 * math.cos(math.pi * n / (9 - warm)) for n in range(1, 9 - warm)]
+    assert rates == pytest.approx(wanted) and min(rates) > 0
+    run(settings, tmp_path / "run", max_steps=1, warmup_ratio=warmup_ratio)
+    rows = load_file(tmp_path / "run" / "snapshots" / "step_000001" / "rows.safetensors")
+    run(settings, tmp_path / "other", max_steps=1, learning_rate=1e-12)
+    before = load_file(tmp_path / "other" / "snapshots" / "step_000001" / "rows.safetensors")
+    assert (rows["input_rows"] - before["input_rows"]).abs().max() > 1e-3
 
 
 # ---- Disks ---------------------------------------------------------------------------------------
@@ -402,15 +486,56 @@ def test_errors_that_are_not_the_disks_keep_their_traceback(settings, tmp_path, 
         run(settings, tmp_path / "run")
 
 
+def at_first_step(patch, act) -> None:
+    """Call act() when the first step is done, long before the first save."""
+    real = train.Progress.step
+
+    def step(self, number: int, *arguments) -> None:
+        if number == 1:
+            act()
+        real(self, number, *arguments)
+
+    patch.setattr(train.Progress, "step", step)
+
+
+@pytest.mark.parametrize("trouble", ["missing", "a file", "read-only", "full"])
+def test_a_durable_folder_that_takes_nothing_is_found_before_anything_is_loaded(
+    settings, tmp_path, monkeypatch, trouble
+):
+    """A Drive that is not mounted must not be made on the local disk, and lost with it."""
+    durable, loaded = tmp_path / "drive" / "saves", []
+    monkeypatch.setattr(train, "read_corpus", lambda config: loaded.append(config))
+    line = f"sentry_dir: {durable.parent} is missing, in which saves would be made; mount the Drive"
+    line += ", or make that folder"
+    if trouble != "missing":
+        durable.parent.mkdir()
+        line = f"sentry_dir: [Errno 17] File exists: '{durable}'; give a folder that can be written"
+        durable.write_text("x") if trouble == "a file" else durable.mkdir()
+    if trouble in ("read-only", "full"):  # root, who runs this in a container, may write everywhere
+        number = {"read-only": errno.EROFS, "full": errno.ENOSPC}[trouble]
+
+        def refuse(**_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(train.tempfile, "TemporaryFile", refuse)
+        line = f"sentry_dir: [Errno {number}] {os.strerror(number)}; give a folder that can be"
+        line += " written"
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "run", sentry_dir=str(durable))
+    assert (str(caught.value), loaded) == (line, [])
+    assert trouble != "missing" or not durable.parent.exists()
+
+
 @pytest.mark.parametrize("trouble", ["gone", "read-only", "hangs", "full"])
 def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, straight, trouble):
     """Training goes on to the same end. One warning names the steps at risk, and the last line says
     what to copy by hand. When the folder is back, the next run's saves are there."""
     durable, gate = tmp_path / "drive" / "saves", threading.Event()
+    durable.parent.mkdir()
     before = set(threading.enumerate())
     with monkeypatch.context() as patch:
         if trouble == "gone":
-            durable.parent.write_text("not a folder")
+            at_first_step(patch, lambda: durable.rmdir() or durable.write_text("not a folder"))
         elif trouble == "hangs":
             real = shutil.copyfile
             blocked = lambda *arguments: (gate.wait(30), real(*arguments))  # noqa: E731
@@ -425,7 +550,7 @@ def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, st
                     raise OSError(errno.EROFS, "Read-only file system")
                 real_mkdir(path, *arguments, **keywords)
 
-            patch.setattr(Path, "mkdir", mkdir)
+            at_first_step(patch, lambda: patch.setattr(Path, "mkdir", mkdir))
         else:
             patch.setattr(shutil, "copyfile", no_space)
         result = run(settings, tmp_path / "run", sentry_dir=str(durable))
@@ -442,7 +567,7 @@ def test_a_durable_folder_in_trouble(settings, tmp_path, monkeypatch, capsys, st
         " copy it by hand before this machine goes away"
     )
     if trouble == "gone":
-        durable.parent.unlink()
+        durable.unlink()
     run(settings, tmp_path / "run", sentry_dir=str(durable))  # nothing to train, one save to copy
     assert last_save(tmp_path / "drive", "saves") == straight
 
@@ -468,10 +593,12 @@ def test_a_start_mends_the_durable_copy_of_what_it_continues_from(settings, tmp_
 
 def test_copying_resumes_within_the_run(settings, tmp_path, monkeypatch, capsys, straight):
     durable, real, warn = tmp_path / "drive", train.Progress.step, recover.SentryWriter.warn
-    durable.write_text("not a folder")
     warned = threading.Event()
 
     def step(self, number: int, *arguments) -> None:
+        if number == 1:
+            durable.rmdir()
+            durable.write_text("not a folder")
         if number == 5:
             assert warned.wait(60)
             durable.unlink()
@@ -539,7 +666,8 @@ def test_a_stop_signal_at_any_moment_leaves_a_sentry(
         patch.setattr(owner, moment, signalled)
         result = run(settings, tmp_path / "run", save_every=100)
     assert result["stopped"] == "SIGTERM" and result["step"] in (3, 5)
-    assert steps(tmp_path / "run" / "snapshots") == [result["step"]]
+    best = {4} if moment == "evaluate" else set()  # the evaluation's own save
+    assert set(steps(tmp_path / "run" / "snapshots")) == {*best, result["step"]}
     assert run(settings, tmp_path / "run")["step"] == 8
     assert last_save(tmp_path / "run") == straight
 

@@ -120,6 +120,14 @@ def test_bad_usage_has_status_2(tmp_path, arguments):
     assert result.stderr.startswith("usage: train.py CONFIG [key=value ...] [options]\n")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_without_a_config_the_error_says_what_to_do(tmp_path, arguments):
+    assert light(tmp_path, *arguments).stderr.splitlines()[1:] == [
+        "train.py: error: give a CONFIG, a YAML file with the settings. example:",
+        "  python train.py configs/sample.yaml max_steps=60",
+    ]
+
+
 # ---- With torch, before the model ----------------------------------------------------------------
 
 
@@ -178,7 +186,7 @@ SHORT = (
     " more text or lower seq_len"
 )
 NEVER = (
-    "{}: none of its 2 new words matches in the corpus (spaced matching); check that the two belong"
+    "{}: none of its 2 new words matches in the corpus (both matching); check that the two belong"
     " together"
 )
 
@@ -186,19 +194,22 @@ NEVER = (
 @pytest.mark.parametrize(
     "key, text, line",
     [
-        ("lexicon", None, "{}: cannot be read: No such file or directory"),
-        ("corpus", None, "{}: cannot be read: No such file or directory"),
-        ("lexicon", "\n\n", "{}: no usable word (empty file); give one word a line"),
+        ("lexicon", None, "lexicon: {}: cannot be read: No such file or directory"),
+        ("corpus", None, "corpus: {}: cannot be read: No such file or directory"),
+        ("lexicon", "\n\n", "lexicon: {}: no usable word (empty file); give one word a line"),
         ("corpus", " \n", "{}: the corpus file is empty; give a text"),
         ("lexicon", "zzzblorp\nqwxyz\n", NEVER),
         ("corpus", "the glimock.\n", SHORT),
     ],
 )
 def test_texts_that_cannot_be_used(without_weights, tmp_path, key, text, line):
+    """A dry run refuses them too, for a training with them would."""
     path = tmp_path / f"{key}.txt"
     if text is not None:
         path.write_text(text, encoding="utf-8")
     assert without_weights.end(f"{key}={path}") == (1, "", line.format(path))
+    if line != NEVER:
+        assert without_weights.end(f"{key}={path}", "--dry-run") == (1, "", line.format(path))
 
 
 def test_model_folders_that_cannot_be_used(without_weights, tmp_path):
@@ -229,6 +240,7 @@ def test_dry_run_plans_without_weights_and_writes_nothing(without_weights, tmp_p
     plan = dict(re.findall(r"^([a-z ]+?) +([\d.]+) GiB", out, re.MULTILINE))
     beside = ("total", "margin", "host memory")
     parts = [float(value) for name, value in plan.items() if name not in beside]
+    assert 0 < float(plan["new rows"]) < 0.005  # 20 rows are not 0.00 GiB
     assert len(parts) >= 5 and sum(parts) == pytest.approx(float(plan["total"]), abs=0.04)
     # input and output rows and their row statistics: 2 x 20 x (32 + 1) fp32
     assert "bytes per sentry 5,280\n" in out
@@ -394,14 +406,16 @@ def screen(text: str, columns: int) -> list[str]:
 def test_a_terminal_shows_one_bar_below_the_lines(runs, terminal):
     """Losses stay on the screen, and a bar that wrapped would leave its first half behind."""
     path, read = terminal
-    status, _, _ = runs.end(TEST_STDOUT=path, TEST_STDERR=path)
+    status, _, _ = runs.end("prompts=[the glimock, a borish]", TEST_STDOUT=path, TEST_STDERR=path)
     _, start, written = read().partition("\r\nmicro_batch_size ")
     assert status == 0, written
     lines = screen(start + written, 80)
-    shown = re.findall(r"step (\d)/6  loss [\d.]+  ", "\n".join(lines))
+    shown = re.findall(r"step (\d)/6  loss [\d.]+  .* left$", "\n".join(lines), re.MULTILINE)
     assert shown == ["1", "2", "3", "4", "5", "6"]
     (bar,) = [line for line in lines if "%|" in line]
-    assert "6/6" in bar and len(bar) <= 80
+    assert "6/6 [" in bar and re.search(r"\[\d\d:\d\d\]$", bar) and len(bar) <= 80
+    wrapped = [line for line in written.split("\r\n") if len(line.rpartition("\r")[2]) > 80]
+    assert all(str(runs.folder) in line for line in wrapped)  # only a long path may
 
 
 def test_lines_come_at_once_if_only_the_bar_is_on_a_terminal(runs, tmp_path, terminal):

@@ -66,49 +66,92 @@ FAMILIES = {
         {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 8},
     ),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "tie_word_embeddings": False,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    # Their layers are elsewhere than in model.layers.
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {"tie_word_embeddings": False}),
+    "opt": (  # its rows are narrower than its hidden states
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"tie_word_embeddings": True, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    ),
+    # Their heads have a bias, or a scale.
+    "phi": ("PhiForCausalLM", "PhiConfig", {"tie_word_embeddings": False}),
+    "cohere": (
+        "CohereForCausalLM",
+        "CohereConfig",
+        {"tie_word_embeddings": True, "logit_scale": 0.25},
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        {"tie_word_embeddings": True, "logits_scaling": 8.0, "embedding_multiplier": 3.0},
+    ),
+    "mamba": (  # no attention; its embedding is called otherwise
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"tie_word_embeddings": True, "state_size": 8, "time_step_rank": 4},
+    ),
+    "gemma3_4b": (  # an ordinary decoder inside a model of texts and pictures
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": {"query_pre_attn_scalar": 16, "sliding_window": 8},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
 }
 
 # These have the parts of the others, and compute something else with them.
 LOOK_ALIKES = {
     # Its MLP has the four attributes of Qwen's, and a norm before down_proj.
     "bitnet": ("BitNetForCausalLM", "BitNetConfig", {"tie_word_embeddings": True}),
+    # Its MLP multiplies what goes in and comes out.
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        {
+            "tie_word_embeddings": False,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mlp_multipliers": [2.0, 0.5],
+            "lm_head_multiplier": 0.5,
+        },
+    ),
     # Its attention makes a mask of its own from the causal one and the values.
     "doge": ("DogeForCausalLM", "DogeConfig", {"tie_word_embeddings": True}),
 }
 
-WITH_LAYERS = "the overlay serves models with their decoder layers in model.base_model.layers"
-UNKNOWN_LOGITS = (  # a pattern: the number is the model's own
-    r"computes logits from its hidden states in a way the overlay does not know"
-    r" \(relative difference \S+ on a probe\); it cannot be trained exactly"
-)
 T5_SHAPE = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 # name -> (model class, config class, what differs from SHAPE, the UserError's text)
 SERVES = "the overlay serves causal language models with one embedding and one linear head"
 REFUSED = {
-    "cohere": (
-        "CohereForCausalLM",
-        "CohereConfig",
-        {"logit_scale": 0.0625},
-        f"CohereForCausalLM {UNKNOWN_LOGITS}",
-    ),
-    "phi_head_bias": (
-        "PhiForCausalLM",
-        "PhiConfig",
-        {},
-        f"PhiForCausalLM has a Linear head with a bias or no weight; {SERVES}",
-    ),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
         T5_SHAPE,
         f"T5ForConditionalGeneration has no input embedding and output head of one text; {SERVES}",
-    ),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 32, "n_layer": 2, "n_head": 2},
-        f"GPT2LMHeadModel has no such layers; {WITH_LAYERS}",
     ),
     "gemma3n": (  # a second embedding, looked up layer by layer
         "Gemma3nForCausalLM",
@@ -122,7 +165,8 @@ REFUSED = {
             "laurel_rank": 4,
             "activation_sparsity_pattern": [0.0] * 4,
         },
-        f"Gemma3nForCausalLM {UNKNOWN_LOGITS}",
+        "Gemma3nForCausalLM looks its tokens up in a second table, embed_tokens_per_layer, which"
+        f" has no rows for new words; {SERVES}",
     ),
     "bert_encoder": (
         "BertModel",
@@ -132,25 +176,30 @@ REFUSED = {
     ),
 }
 
-if transformers.__version__.startswith("4."):  # its base_model_prefix names an attribute it lacks
-    REFUSED["gemma3"] = (
-        *FAMILIES.pop("gemma3"),
-        (f"Gemma3ForCausalLM has no such layers; {WITH_LAYERS}"),
-    )
 
-
-def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def make_model(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes
+) -> nn.Module:
     """Make a random model in eval mode, frozen; weights so large that logits differ by units."""
     model_class, config_class, changes = (FAMILIES | LOOK_ALIKES | REFUSED)[family][:3]
-    config = getattr(transformers, config_class)(**{**SHAPE, **changes})
+    changes = changes | sizes
+    if text := changes.get("text_config"):
+        changes = {**changes, "text_config": SHAPE | text}
+    else:
+        changes = SHAPE | changes
+    config = getattr(transformers, config_class)(**changes)
     model = getattr(transformers, model_class)(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            random = torch.randn(parameter.shape, generator=generator)
-            # Norms stay near what they are; matrices get random numbers.
-            parameter.copy_(0.3 * random if parameter.dim() > 1 else parameter + 0.1 * random)
+    fill_with_random_weights(model, seed)
     return model.to(dtype).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        random = torch.randn(parameter.shape, generator=generator)
+        # Norms stay near what they are; matrices get random numbers.
+        parameter.copy_(0.3 * random if parameter.dim() > 1 else parameter + 0.1 * random)
 
 
 def make_tokenizer() -> Tokenizer:
@@ -184,27 +233,32 @@ def full_table_model(
 ) -> nn.Module:
     """Copy the untouched model with resized tables: its rows below first_new_id, then the new ones.
 
-    This is the independent reference: the library's own embedding, head, loss and autograd, all of
-    it trainable. If output_rows is None, the head uses input_rows too, and is tied if the model's
-    own head is.
+    This is the independent reference: the library's own resizing, head, loss and autograd. If
+    output_rows is None, the head uses input_rows too, and is tied if the model's own head is.
     """
-    config = copy.deepcopy(model.config)
-    config.vocab_size = first_new_id + len(input_rows)
-    config.tie_word_embeddings = config.tie_word_embeddings and output_rows is None
-    full = type(model)(config).to(model.dtype)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = {"model.embed_tokens.weight": input_rows}
-    rows["lm_head.weight"] = input_rows if output_rows is None else output_rows
-    for name, new in rows.items():
-        state[name] = torch.cat([state[name][:first_new_id], new.to(model.dtype)])
-    full.load_state_dict(state)
+    full = copy.deepcopy(model)
+    if output_rows is not None and is_tied(model):
+        full.config.get_text_config().tie_word_embeddings = full.config.tie_word_embeddings = False
+        head = full.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    full.resize_token_embeddings(first_new_id + len(input_rows), mean_resizing=False)
+    head = full.get_output_embeddings()
+    rows = input_rows if output_rows is None else output_rows
+    with torch.no_grad():
+        full.get_input_embeddings().weight[first_new_id:] = input_rows
+        head.weight[first_new_id:] = rows
+        if head.bias is not None:
+            head.bias[first_new_id:] = 0
     return full.eval()
 
 
 def random_rows(model: nn.Module, num_rows: int, seed: int) -> Tensor:
-    """Make (num_rows, hidden) fp32 of the size of the model's own rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return 0.3 * torch.randn(num_rows, model.config.hidden_size, generator=generator)
+    """Make (num_rows, H) fp32 of the size of the model's own rows."""
+    generator, width = (
+        torch.Generator().manual_seed(seed),
+        model.get_input_embeddings().weight.shape[1],
+    )
+    return 0.3 * torch.randn(num_rows, width, generator=generator)
 
 
 def make_overlay(
@@ -215,7 +269,7 @@ def make_overlay(
 ) -> WakeOverlay:
     """Put an overlay of random rows over a random model; it is not installed."""
     model = make_model(family, dtype)
-    mode = output_mode(output_rows, is_tied(model.config))
+    mode = output_mode(output_rows, is_tied(model))
     rows = [random_rows(model, num_new, seed) for seed in (1, 2)[: 1 if mode == "shared" else 2]]
     return WakeOverlay(model, FIRST_NEW_ID, *rows, train_output=mode != "frozen")
 

@@ -325,7 +325,9 @@ def time_in_turns(methods: list[Method], bench: Bench) -> None:
     for _ in range(TURNS):
         for method in methods:
             if method.plan.graph is None:  # a graph replays the layers that it was captured with
-                recompute_layers(bench.model.model, method.plan.num_recomputed_layers)
+                recompute_layers(
+                    bench.model.model.layers, method.plan.num_recomputed_layers, method.plan.parking
+                )
             time_method(method, bench, bench.num_steps)
     for method in methods:
         report(method, bench)
@@ -352,7 +354,9 @@ def bench_overlay(names: list[str], bench: Bench) -> None:
     overlay = make_overlay(bench)
     if in_turns := [name for name in IN_TURNS if name in names]:
         eager = fitted(bench, overlay, compile="false")
-        all_layers = dataclasses.replace(eager, num_recomputed_layers=len(overlay.body.layers))
+        all_layers = dataclasses.replace(
+            eager, num_recomputed_layers=len(overlay.layers), parking=None
+        )
         methods = []
         for name in in_turns:
             make_step = floor_step if name in ("body", "floor") else our_step
@@ -367,7 +371,7 @@ def bench_overlay(names: list[str], bench: Bench) -> None:
 
 
 def bench_peers(bench: Bench) -> None:
-    recompute_layers(bench.model.model, 0)  # they use the library's own switch
+    recompute_layers(bench.model.model.layers, 0)  # they use the library's own switch
     if bench.worker.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
     bench.model.model.embed_tokens = bench.model.lm_head = None

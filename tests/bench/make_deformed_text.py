@@ -1,6 +1,6 @@
 """Make a text in which more than a third of the words are invented, from a public-domain one.
 
-    python tests/bench/make_deformed_text.py SOURCE.txt OUT_FOLDER
+    python tests/bench/make_deformed_text.py SOURCE.txt OUT_FOLDER [flat|wrapped|verse]
 
 The SHA-256 of a word's place decides how the word is deformed, so the same source gives the same
 files. Of the words of four letters and more, two of three are changed: blended with another word of
@@ -8,11 +8,16 @@ the text, with a vowel moved or a consonant doubled, or with an ending. A few de
 come back and most occur once, as in a book of portmanteaus. OUT_FOLDER gets corpus.txt, the new
 text, and lexicon.txt, all its invented words. tests/bench/bench_learning.py trains on what this
 makes of the King James Bible (Debian's bible-kjv-text, see configs/sample/make_model.py).
+
+With a third argument the lines of the text are laid out anew: `flat` joins eight to a paragraph,
+`wrapped` breaks these paragraphs at 70 columns, `verse` breaks each line after seven words and puts
+every third one in quotes.
 """
 
 import hashlib
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 VOWELS, ENDINGS = "aeiou", ("ling", "soever", "ous", "ery", "ance", "ward", "some", "full")
@@ -67,8 +72,21 @@ def make(source: str) -> tuple[str, list[str]]:
     return text, list(lexicon)
 
 
-def main(source_path: str, out_folder: str) -> None:
+def lay_out(text: str, layout: str) -> str:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if layout == "verse":
+        words = [line.split() for line in lines]
+        verses = ["\n".join(" ".join(w[i : i + 7]) for i in range(0, len(w), 7)) for w in words]
+        return "\n\n".join(v if i % 3 else f'"{v}"' for i, v in enumerate(verses)) + "\n"
+    paragraphs = [" ".join(lines[i : i + 8]) for i in range(0, len(lines), 8)]
+    if layout == "wrapped":
+        paragraphs = [textwrap.fill(p, 70, break_on_hyphens=False) for p in paragraphs]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def main(source_path: str, out_folder: str, layout: str | None = None) -> None:
     text, lexicon = make(Path(source_path).read_text(encoding="utf-8"))
+    text = lay_out(text, layout) if layout else text
     words = re.findall(r"[A-Za-z]+", text)
     known = set(lexicon)
     out = Path(out_folder)
@@ -81,6 +99,6 @@ def main(source_path: str, out_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["flat"], ["wrapped"], ["verse"]):
         raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -4,13 +4,15 @@
     python tests/torture/run_matrix.py oldest newest --venvs DIR    two of them, kept in DIR
     python tests/torture/run_matrix.py --install-only       make the environments, run nothing
 
-The versions are those of env_shim.SUPPORTED: `oldest` takes the lower bounds of requirements.txt,
-`newest` the newest tried, which is what pip gives today (torch aside). The exit status is 1 if an
-installation or a suite failed. An environment is installed again only if its list of packages has
-changed. Making one took 130 s (2 CPU cores, 2026-11-22).
+`oldest` takes the lower bounds of requirements.txt, which env_shim.SUPPORTED has too. `newest`
+takes what pip gives today (torch aside), and says which of it is newer than the newest tried of
+env_shim.SUPPORTED. The exit status is 1 if an installation or a suite failed. `newest` is brought
+up to date at each start, and another environment is installed again only if its list of packages
+has changed. Making one took 130 s (2 CPU cores, 2026-11-22).
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -33,12 +35,32 @@ TEST_TOOLS = ["pytest", "pytest-xdist", "peft==0.21.2", "ipykernel", "nbclient"]
 MIDDLE = {"transformers": "5.0.0", "accelerate": "1.12.0", "bitsandbytes": "0.49.1"}
 
 
-def versions_of(name: str) -> dict[str, str]:
-    """Package -> version that the environment `name` pins, torch aside."""
-    column = 1 if name == "newest" else 0
-    pins = {package: bounds[column] for package, bounds in env_shim.SUPPORTED.items()}
-    del pins["torch"]
-    return {**pins, **MIDDLE} if name == "middle" else pins
+def requirements_of(name: str) -> dict[str, str]:
+    """Package -> what the environment `name` asks pip for, torch aside; "" is the newest."""
+    wanted = {package: f"=={oldest}" for package, (oldest, _) in env_shim.SUPPORTED.items()}
+    del wanted["torch"]
+    if name == "newest":
+        return dict.fromkeys(wanted, "")
+    if name == "middle":
+        wanted |= {package: f"=={version}" for package, version in MIDDLE.items()}
+    return wanted
+
+
+def versions_in(folder: Path) -> dict[str, str]:
+    """Package -> version that pip put into an environment, by its name in lower case."""
+    command = [str(python_of(folder)), "-m", "pip", "list", "--format", "json"]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {package["name"].lower(): package["version"] for package in json.loads(listing)}
+
+
+def newer_than_tried(found: dict[str, str]) -> list[str]:
+    """Say which packages are newer than env_shim.SUPPORTED knows, a line each."""
+    number = env_shim.version_tuple
+    return [
+        f"{package} {found[package]} is newer than {newest}, the newest tried of env_shim.SUPPORTED"
+        for package, (_, newest) in env_shim.SUPPORTED.items()
+        if number(found.get(package, "")) > number(newest)
+    ]
 
 
 def python_of(folder: Path) -> Path:
@@ -50,16 +72,18 @@ def install(name: str, folder: Path) -> None:
 
     Raises: CalledProcessError when pip fails; its own words stand above.
     """
-    packages = [f"{package}=={version}" for package, version in versions_of(name).items()]
+    packages = [package + version for package, version in requirements_of(name).items()]
     packages += TEST_TOOLS
     marker = folder / "installed.txt"  # written last: an interrupted installation is done again
     wanted = "\n".join([TORCH, *packages]) + "\n"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
+    done = marker.is_file() and marker.read_text(encoding="utf-8") == wanted
+    if done and name != "newest":
         return
     print(f"{name}: installing {TORCH} {' '.join(packages)} in {folder}", flush=True)
     if not python_of(folder).is_file():
         venv.create(folder, with_pip=True)
     pip = [str(python_of(folder)), "-m", "pip", "install", "-q"]
+    pip += ["--upgrade"] if name == "newest" else []
     # torch first, so that nothing else picks another build of it
     subprocess.run([*pip, TORCH], check=True)
     subprocess.run([*pip, TORCH, *packages], check=True)
@@ -81,13 +105,12 @@ def run_suite(folder: Path) -> tuple[str, float, bool]:
     return counts, time.perf_counter() - started, process.returncode == 0
 
 
-def table(rows: list[tuple[str, str, float]]) -> str:
+def table(rows: list[tuple[str, dict, str, float]]) -> str:
     lines = ["| environment | torch | transformers | accelerate | bitsandbytes | tests | seconds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for name, counts, seconds in rows:
-        pins = versions_of(name)
-        versions = [TORCH.partition("==")[2]]
-        versions += [pins[package] for package in ("transformers", "accelerate", "bitsandbytes")]
+    for name, found, counts, seconds in rows:
+        packages = ("torch", "transformers", "accelerate", "bitsandbytes")
+        versions = [found.get(package, "-") for package in packages]
         lines.append(f"| {name} | {' | '.join(versions)} | {counts} | {seconds:.0f} |")
     return "\n".join(lines)
 
@@ -111,12 +134,15 @@ def main(argv: list[str]) -> int:
         try:
             install(name, folder)
         except subprocess.CalledProcessError:
-            rows.append((name, "not installed", 0.0))
+            rows.append((name, {}, "not installed", 0.0))
             all_passed = False
             continue
+        found = versions_in(folder)
+        for line in newer_than_tried(found):
+            print(f"{name}: {line}", flush=True)
         if not args.install_only:
             counts, seconds, passed = run_suite(folder)
-            rows.append((name, counts, seconds))
+            rows.append((name, found, counts, seconds))
             all_passed = all_passed and passed
     if rows:
         print(table(rows), flush=True)
