@@ -12,7 +12,7 @@ gradients are clipped and shared among kin, and Adafactor moves the rows. Every 
 sequence has one target and counts once, so the loss is nats per predicted token, whatever the
 micro-batch. Every random choice follows from seed and step. overlay.py has the
 formulas and machine.py says what makes them fast. `train_steps`, near the end, is the loop. A 14B
-step of 2,048 tokens takes 0.34 s on an H100 of which 14 GiB are used (2026-11-22,
+step of 2,048 tokens takes 0.30 s on an H100 of which 14 GiB are used (2026-11-26,
 docs/measurements.md).
 
 RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png, samples.md, snapshots/
