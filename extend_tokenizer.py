@@ -367,6 +367,7 @@ class NewWords:
     bos_id: int | None  # what the base puts before a text, if anything
     matching: str  # both, spaced, bare or plain
     lexicon: Lexicon
+    rule: str  # which words are known: one_token or exact_string
     known_by_rule: dict[str, int]  # how many lexicon words would be known by each rule
     base: Tokenizer
     tokenizer: Tokenizer
@@ -412,8 +413,8 @@ def plan_new_words(config: Config, texts: list[str], fresh: bool = False) -> New
         first_new_id=size, num_words=num_words, words=[form.word for form in forms], forms=forms,
         spellings=spell(base, [form.content for form in forms], space),
         bos_id=with_bos[0] if with_bos[:1] != without[:1] else None, matching=matching,
-        lexicon=lexicon, known_by_rule={rule: len(words) for rule, words in known.items()},
-        base=base, tokenizer=tokenizer, files=files,
+        lexicon=lexicon, rule=rule, base=base, tokenizer=tokenizer, files=files,
+        known_by_rule={name: len(words) for name, words in known.items()},
     )  # fmt: skip
 
 
@@ -436,7 +437,9 @@ def mend_known(
     """Return the forms of the words that need a row after a look at what these forms do.
 
     A known word that begins with the token of a new word would be cut up by it, so it gets a row. A
-    word whose token would match only where the base has one token, without a space, gets none.
+    word that must match without a space, but is one token of the base there, gets none and counts
+    as known: its token would be the base's own. With a space its token would cut longer words; for
+    the 222 such words of a lexicon of 44,990 that were 0.9 % of the ordinary words on Qwen2.5.
     """
     spaced = {form.word for form in forms if form.place == AFTER_SPACE and space == " "}
     if cut := {word for word in known if any(word[:n] in spaced for n in range(1, len(word)))}:
@@ -658,6 +661,7 @@ def make_report(config: Config, new: NewWords, corpus: dict) -> dict:
         "lexicon_words": len(new.lexicon.words),
         "known": len(new.lexicon.words) - num_words,
         "known_by_rule": new.known_by_rule,
+        "known_words": new.rule,
         "new_tokens": num_words,
         "table_rows": table_rows,
         "padding_rows": padding,
@@ -880,6 +884,11 @@ def word_remarks(report: dict) -> list[str]:
         f"the base spells {known['one_token']:,} of its words with one token in a sentence;"
         f" {known['exact_string']:,} are entries of the base vocabulary as they stand",
     ]
+    if rest := report["known"] - known[report["known_words"]]:
+        lines.append(
+            f"{rest} more are known, because they begin longer words of the base vocabulary and are"
+            " one token of it without a space"
+        )
     if matching == "plain":
         lines.append("plain cuts up ordinary words, spaced and bare do not")
     if words := report["words_decoding_wrongly"]:
