@@ -61,7 +61,9 @@ if "UserError" not in globals():
         GIB, KEYS, Config, UserError, one_line, read_json, replacing, run_command, sync, write_json,
     )  # fmt: skip
 if "new_words_hash" not in globals():
-    from extend_tokenizer import base_tokenizer, new_words_hash, shown_content
+    from extend_tokenizer import (
+        base_tokenizer, is_sentencepiece, new_words_hash, shown_content,
+    )  # fmt: skip
 if "WakeOverlay" not in globals():
     from overlay import (
         FLOAT16_LOSS_SCALE, ROW_BLOCK, WakeOverlay, is_tied, output_mode, starting_rows,
@@ -621,6 +623,7 @@ class SavedWords:
     spellings: list[list[int]]
     sha256: str
     tokenizer: Tokenizer
+    load_with: str  # the class of transformers that loads the tokenizer's folder right
 
 
 def words_table_columns(path: str) -> list[list[str]]:
@@ -640,7 +643,9 @@ def saved_words(run_dir: Path) -> SavedWords:
     if new_words_hash(words, first) != sha256 or texts != list(map(shown_content, tokens)):
         raise UserError(f"{run_dir / 'tokenizer'}: its files are not of the same words")
     spellings = [[int(i) for i in ids.split()] for ids in base_ids]
-    return SavedWords(first, report["new_tokens"], words, spellings, sha256, tokenizer)
+    return SavedWords(
+        first, report["new_tokens"], words, spellings, sha256, tokenizer, report["load_with"]
+    )
 
 
 def base_file(config: Config, name: str) -> Path:
@@ -773,17 +778,17 @@ LOADING = {
     "rows": """`rows.safetensors` holds `input_rows`, and `output_rows` if the head has its own,
 fp32, row i for the i-th line of `words.txt`; `rows.json` names model, words and ids.""",
     "merged": """```python
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = {tokenizer}.from_pretrained("{folder}")
 model = {auto}.from_pretrained("{folder}", dtype="auto")
 ```"""
     + FOUR_BITS,
     "peft": """```python
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import {tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = {tokenizer}.from_pretrained("{folder}")
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 ```
 
@@ -791,9 +796,9 @@ If the head is tied and takes the same rows, PEFT warns of a missing lm_head key
     + FOUR_BITS,
     "resized peft": """```python
 from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = {tokenizer}.from_pretrained("{folder}")
 model = {auto}.from_pretrained("{model}", dtype="auto"){untie}
 model.resize_token_embeddings({size}, mean_resizing=False)
 model = PeftModel.from_pretrained(model, "{folder}")
@@ -806,6 +811,12 @@ head = model.get_output_embeddings()  # the new words have output rows of their 
 head.weight = torch.nn.Parameter(head.weight.detach().clone())
 for part in (model.config, model.config.get_text_config()):
     part.tie_word_embeddings = False"""
+# SentencePiece-style or not -> what llama.cpp makes of an export (tests/bench/check_gguf.py).
+LLAMA_CPP = {
+    True: """llama.cpp finds few of the new words, because its tokenizer for this kind of vocabulary
+knows no whole words: use transformers or what builds on it.""",
+    False: "llama.cpp finds the new words too, but also inside longer words.",
+}
 # What an export may have left in a folder that --force writes into; a loader would mix them up.
 STALE = ("model*.safetensors*", "adapter_*", "rows.*", "config.json", "generation_config.json")
 LIBRARIES = {"rows": None, "merged": "transformers", "peft": "peft"}
@@ -830,16 +841,17 @@ def export(
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    words = None
     try:
         if form != "rows":
-            saved_words(run_dir)  # proves the tokenizer whole
+            words = saved_words(run_dir)  # proves the tokenizer whole
             own = shutil.ignore_patterns("report.json", "words.tsv")  # paths of this machine
             shutil.copytree(run_dir / "tokenizer", part, ignore=own, dirs_exist_ok=True)
         write = {"rows": export_rows, "peft": export_peft, "merged": export_merged}[form]
-        facts = write(sentry, config, part)
-        loading = LOADING[facts.get("loading", form)].format(folder=push or out.name, **facts)
+        facts = {"folder": push or out.name} | write(sentry, config, part)
         checked = "" if form == "rows" else f" ({check_export(form, part, sentry, config)})"
         shutil.copy(sentry.path / "words.txt", part)
+        loading = how_to_load(form, facts, words)
         card = model_card(sentry, config, loading, LIBRARIES[form])
         (part / "README.md").write_text(card, encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
@@ -852,6 +864,13 @@ def export(
     print(f"step {sentry.step:,} as {form}: {out}{checked}")
     if push:
         upload(out, names, push, f"Step {sentry.step:,} as {form}")
+
+
+def how_to_load(form: str, facts: dict, words: SavedWords | None) -> str:
+    """Write the card's section on loading; `words` is None for rows, which have no tokenizer."""
+    tokenizer = words.load_with if words else ""
+    text = LOADING[facts.get("loading", form)].format(tokenizer=tokenizer, **facts)
+    return f"{text}\n\n{LLAMA_CPP[is_sentencepiece(words.tokenizer)]}" if form == "merged" else text
 
 
 @contextlib.contextmanager
