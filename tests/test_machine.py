@@ -164,20 +164,18 @@ QWEN3_30B = {
 
 
 def test_the_plan_of_a_mixture_of_experts_counts_all_of_them_in_16_bits(tmp_path, capsys):
-    """Each of 128 experts has three matrices in each of 48 layers; bitsandbytes leaves them."""
+    """Each of 128 experts has three matrices in each of 48 layers; bitsandbytes leaves them. Before
+    transformers 5 they are linear layers, which it takes to 4 bits."""
     config = base_folder(tmp_path, **QWEN3_30B)
     experts, attention = 48 * 128 * 3 * 2048 * 768, 48 * 2 * 2048 * (32 + 4) * 128
     plan = memory_plan(model_without_weights(config), 20, config, 1)
-    if (
-        num_expert_weights(model_without_weights(config)) == 0
-    ):  # linear layers before transformers 5
-        experts *= 0.25
-    wanted = (2 * experts + attention * (0.5 + 1 / 64 + 1 / 4096)) / GIB
+    nf4, in_16_bits = 0.5 + 1 / 64 + 1 / 4096, num_expert_weights(model_without_weights(config)) > 0
+    wanted = ((2 if in_16_bits else nf4) * experts + attention * nf4) / GIB
     assert plan["body"] == pytest.approx(wanted, rel=0.002)  # and routers and norms
     dry_run(config, 151_669, 20)
     text = capsys.readouterr().out
     assert re.search(r"T4 +does not fit", text)
-    assert experts % 1 or f"not in 4 bits: {experts:,} weights of experts, 54.00 GiB" in text
+    assert not in_16_bits or f"not in 4 bits: {experts:,} weights of experts, 54.00 GiB" in text
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_4b", "opt", "mamba", "falcon_h1"])
@@ -268,6 +266,8 @@ def test_fused_pieces_serve_training_alone_and_in_its_dtype(monkeypatch, family,
     wanted_uses = {(dim, dtype) for dim in dims.get(family, {3, 4})}
     if family == "mamba":  # it adds up its residuals in fp32
         wanted_uses.add((3, torch.float32))
+    if family == "qwen3_moe":  # before transformers 5 each expert takes its tokens out of the batch
+        used.discard((2, dtype))
     assert used == wanted_uses
     used.clear()
     assert same(train_once(overlay), wanted, rounding(dtype)) and bool(used) == bool(wanted_uses)
@@ -408,7 +408,8 @@ def test_attention_without_a_mask_is_the_same_to_the_bit(monkeypatch, family):
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
-    assert not causal or masks == [None] * len(find_body(model)[1])
+    if family != "opt" or transformers.__version__ >= "5":  # OPT made a mask of its own before
+        assert not causal or masks == [None] * len(find_body(model)[1])
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
