@@ -189,7 +189,8 @@ def find_lexicon(
             f"and takes {config.lexicon_min_base_tokens} base tokens; lower lexicon_min_count or "
             "lexicon_min_base_tokens; for scripts without blanks between words give a lexicon file"
         )
-    return Lexicon(words, {}, {}, f"words of the corpus, kept in {kept} for you to edit")
+    shown = ", ".join(words[:8])
+    return Lexicon(words, {}, {}, f"from the corpus: {shown} ...; kept in {kept} for you to edit")
 
 
 # ---- The base tokenizer --------------------------------------------------------------------------

@@ -379,9 +379,10 @@ def test_from_corpus_keeps_words_whole_and_says_where_it_wrote_them(run, tmp_pat
         lexicon_min_count=3,
     )  # fmt: skip
     new = saved(config)
-    assert new.words[: new.num_words] == [unicodedata.normalize("NFC", word) for word in words]
+    words = [unicodedata.normalize("NFC", word) for word in words]
+    assert new.words[: new.num_words] == words
     kept = Path(config.run_dir, "lexicon.txt")
-    line = f"lexicon: words of the corpus, kept in {kept} for you to edit"
+    line = f"lexicon: from the corpus: {', '.join(words)} ...; kept in {kept} for you to edit"
     assert line in format_report(new.report).split("\n") and kept.exists()
 
 
