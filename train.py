@@ -822,6 +822,9 @@ def start_over(config: Config) -> None:
                 path.rename(aside / path.name)
 
 
+PUT_BACK = "put these keys back to continue, or start over with --fresh (the old run is kept aside)"
+
+
 def find_sentry(
     config: Config, words: NewWords, data: Data, worker: Worker, step: int | None
 ) -> Sentry | None:
@@ -831,6 +834,8 @@ def find_sentry(
     with notice_if_slow(worker, wait):
         refuse_another_run(folders, step, config, words, identity)
         sentry, skipped = pick_sentry(folders, identity, step)
+    if sentry and (problems := changed_keys(sentry.state.get("config", {}), config)):
+        raise UserError(*problems, PUT_BACK)
     for reason in skipped:
         worker.say(f"passed over: {reason}")
     if sentry is None:
@@ -846,7 +851,11 @@ def find_sentry(
 def refuse_another_run(
     folders: list[Path], step: int | None, config: Config, words: NewWords, identity: dict
 ) -> None:
-    """Raise a UserError that names all that the newest save does not share with this run."""
+    """Raise a UserError that names all that the newest save does not share with this run.
+
+    If there is an older save that shares all, that one counts: `pick_sentry` passes over the others.
+    """
+    newest = []
     for number, path in sentry_folders(*folders):
         if step not in (None, number) or not (path / MARKER).is_file():
             continue
@@ -859,10 +868,11 @@ def refuse_another_run(
             problems.append(lexicon_change(path / "words.txt", words.words))
         if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
             problems.append("corpus: its text is not the one that the run was started with")
-        if problems:
-            advice = "put these keys back to continue, or start over with --fresh (the old run is"
-            raise UserError(*problems, f"{advice} kept aside)")
-        return
+        if not problems:
+            return
+        newest = newest or problems
+    if newest:
+        raise UserError(*newest, PUT_BACK)
 
 
 def changed_keys(old: dict, config: Config) -> list[str]:
