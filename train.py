@@ -853,7 +853,7 @@ def refuse_another_run(
 ) -> None:
     """Raise a UserError that names all that the newest save does not share with this run.
 
-    If there is an older save that shares all, that one counts: `pick_sentry` passes over the others.
+    If an older save shares all, that one counts, and `pick_sentry` passes over the newer ones.
     """
     newest = []
     for number, path in sentry_folders(*folders):
