@@ -231,14 +231,14 @@ def yaml_pairs(path: str | Path) -> list[tuple]:
     """Read a flat YAML file as (key, value) pairs; every scalar stays a string."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        if isinstance(root, yaml.MappingNode):
+            # Pairs, because a dict would keep the last of two equal keys without a word.
+            return yaml.BaseLoader("").construct_pairs(root, deep=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a YAML config") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: not a flat list of 'key: value' lines")
-    # Pairs and not a dict, because a dict would keep the last of two equal keys without a word.
-    return yaml.BaseLoader("").construct_pairs(root, deep=True)
+    raise UserError(f"{path}: not a flat list of 'key: value' lines")
 
 
 def load_config(source: str | Path | Config, *overrides: str) -> Config:

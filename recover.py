@@ -9,9 +9,10 @@
 
 A sentry is one saved step: a folder step_000020/ with rows.safetensors (fp32 rows and optimizer
 statistics), words.txt, metrics.jsonl, samples.md and state.json. state.json is the marker. It is
-written last and holds size and SHA-256 of the other files. A folder is a sentry only if its files
-agree with its marker. Only `import` reads a pickle, and it takes tensors and numbers alone from
-it. If nothing but the sentry_dir of a run survived, give that folder as RUN_DIR.
+written last and holds size and SHA-256 of the other files, and a hash of itself. A folder is a
+sentry only if its files agree with its marker. Only `import` reads a pickle, and it takes tensors
+and numbers alone from it. If nothing but the sentry_dir of a run survived, give that folder as
+RUN_DIR.
 
 export, generate and neighbours take the newest whole sentry, or that of --step; --step best takes
 the one with the lowest held-out loss. In a notebook, generate("RUN_DIR", "prompt") returns the
@@ -108,6 +109,12 @@ def file_record(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def state_hash(state: dict) -> str:
+    """Hash what a marker says, but for this hash itself (SHA-256, hex)."""
+    rest = {name: value for name, value in state.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file. The library orders the tensors by dtype and name.
 
@@ -158,6 +165,7 @@ def write_sentry(folder: Path, tensors: dict, texts: dict[str, str], state: dict
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
         state["files"] = {path.name: file_record(path) for path in sorted(part.iterdir())}
+        state["sha256"] = state_hash(state)
     return target
 
 
@@ -171,6 +179,8 @@ def read_marker(path: Path) -> tuple[dict, dict[str, tuple]]:
         step = int(state["step"])
         files = {name: (file["size"], file["sha256"]) for name, file in state["files"].items()}
         files["rows.safetensors"]
+        if state.get("sha256", state_hash(state)) != state_hash(state):  # older saves have no hash
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path}: no {MARKER}; the save was cut off before its end") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -858,7 +868,9 @@ def export(
         for stale in (path for pattern in STALE for path in out.glob(pattern)):
             stale.unlink()
         for name in (names := sorted(path.name for path in part.iterdir())):
+            sync(part / name)
             (part / name).replace(out / name)
+        sync(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"step {sentry.step:,} as {form}: {out}{checked}")

@@ -31,6 +31,7 @@ if __name__ == "__main__" and "__file__" in globals():
     if "IPython" not in sys.modules:
         signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -420,8 +421,11 @@ def base_sequence(
 
     The text of that sequence's first token is context and no target, as in our own sequences.
     """
-    # Our first token's text is encoded too, because some tokenizers put a space before a text.
-    start, middle = ends[first - 1] if first else 0, ends[first]
+    # Our first token's text is encoded too, because some tokenizers put a space before a text. If
+    # that token is a later byte of a letter, the text begins where the letter does.
+    middle = ends[first]
+    begin = bisect.bisect_left(ends, middle)
+    start = ends[begin - 1] if begin else 0
     text = data.val_text[start : ends[first + seq_len]]
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = zip(encoding.ids, encoding.offsets)

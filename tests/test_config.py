@@ -59,6 +59,14 @@ def test_every_config_loads_and_comes_back_from_a_run_folder(path, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_the_config_of_a_run_folder_has_all_keys_in_the_order_of_the_table(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_config(Config(model_name="m", lexicon="é", corpus="c", run_dir=str(tmp_path)))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line.split(":")[0] for line in lines if line[0] != "-"] == KEYS
+    assert "lexicon: é" in lines
+
+
 def test_defaults(load):
     config = load("")
     assert config == Config(model_name="m", lexicon="w.txt", corpus="t.txt", run_dir="runs/a")

@@ -288,6 +288,30 @@ def test_an_export_that_computes_something_else_is_not_kept(form, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_that_cannot_be_loaded_back_is_one_line(tmp_path, monkeypatch) -> None:
+    def fail(*_):
+        raise RuntimeError("size mismatch\n\tfor lm_head")
+
+    run = make_run(tmp_path)
+    monkeypatch.setattr(recover, "load_export", fail)
+    with pytest.raises(UserError) as caught:
+        main("export", str(run), str(tmp_path / "out"), "--format", "merged")
+    line = "export: it cannot be loaded back: size mismatch for lm_head"
+    assert str(caught.value) == line and not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_cannot_be_mapped_is_told_with_what_to_do(tmp_path) -> None:
+    """Before torch 1.6 it was no zip file."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    advice = "load the model once with transformers, save it with save_pretrained, and give that"
+    with pytest.raises(UserError) as caught:
+        recover.mapped_tensors(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: cannot be mapped; {advice} folder as --base (")
+    assert "\n" not in line
+
+
 @pytest.mark.parametrize("form", ["merged", "peft"])
 def test_rows_are_read_back_where_the_model_is_too_large(form, tmp_path, monkeypatch, capsys):
     run, memory = make_run(tmp_path), types.SimpleNamespace(available=1000)
@@ -790,6 +814,37 @@ def test_import(init: str, output_rows: str, trained: list[str], tmp_path: Path)
     source = (Path(recover.__file__).parent / "train.py").read_text(encoding="utf-8")
     read = set(re.findall(r'state(?:\.get\(|\[)"(\w+)"', source)) - {"files"}
     assert read and read <= state.keys()
+
+
+class Code:
+    """This is a pickle that makes a folder when it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_import_runs_no_code_of_the_file(tmp_path: Path) -> None:
+    run, seed, made = make_run(tmp_path), tmp_path / "seed.pt", tmp_path / "made"
+    torch.save({"embeddings": torch.ones(2, 32), "step": 1, "optimizer": Code(made)}, seed)
+    with pytest.raises(UserError, match="no sentry of the original notebooks"):
+        main("import", str(seed), str(run))
+    assert not made.exists()
+
+
+def test_import_gives_the_second_forms_of_words_the_rows_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "TEXTS", [*TEXTS, "quark and quark"])
+    run, rows = make_run(tmp_path), torch.arange(7 * 32.0).view(7, 32)
+    shutil.rmtree(run / "snapshots")
+    new = recover.saved_words(run)
+    assert new.words == [*WORDS, "quark"]
+    seed = {"embeddings": rows, "step": 5, "wake_start": new.first_new_id, "num_wake": 7}
+    torch.save(seed, tmp_path / "seed.pt")
+    main("import", str(tmp_path / "seed.pt"), str(run))
+    saved = load_file(run / "snapshots" / "step_000005" / "rows.safetensors")["input_rows"]
+    assert torch.equal(saved, torch.cat([rows, rows[WORDS.index("quark")][None]]))
 
 
 def test_import_refuses(tmp_path: Path) -> None:

@@ -92,6 +92,19 @@ def test_a_card_gives_the_dtype_and_a_run_its_own_cap(
     assert shares == [share]  # 1.0 lifts the cap of an earlier run in this process
 
 
+def test_processes_that_do_not_come_are_one_line(monkeypatch):
+    def rendezvous(*_, **__):
+        raise RuntimeError("The client socket has timed out after 7200s\nmore of it")
+
+    monkeypatch.setattr(machine.dist, "rendezvous", rendezvous)
+    with pytest.raises(UserError) as caught:
+        machine.join_processes(machine.Worker(1, 2, torch.device("cpu"), torch.float32, "a CPU"))
+    assert str(caught.value) == (
+        "process 1 ends: the others cannot be reached: The client socket has timed out after 7200s"
+        " (GLOO_SOCKET_IFNAME names the network interface, if it is the wrong one)"
+    )
+
+
 def test_more_processes_than_cards(monkeypatch):
     with pytest.raises(UserError) as error:
         on_a_card(monkeypatch, make_config(), rank=1)

@@ -463,6 +463,17 @@ def test_a_refused_model_is_given_back_untouched():
     assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
 
 
+def test_a_model_without_a_list_of_layers_is_refused():
+    model = make_model("qwen2_untied")
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(UserError) as caught:
+        WakeOverlay(model, FIRST_NEW_ID, random_rows(model, NUM_NEW, 1))
+    assert str(caught.value) == (
+        "Qwen2ForCausalLM has no list of decoder layers beside its embedding; the overlay serves"
+        " causal language models with one embedding and one linear head"
+    )
+
+
 def test_an_embedding_with_max_norm_is_refused():
     model = make_model("qwen2_untied")
     model.model.embed_tokens.max_norm = 1.0

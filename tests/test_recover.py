@@ -58,6 +58,7 @@ def forge(path: Path, data: bytes) -> None:
     state = json.loads((path / "state.json").read_text())
     record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     state["files"]["rows.safetensors"] = record
+    state["sha256"] = recover.state_hash(state)
     (path / "state.json").write_text(json.dumps(state))
 
 
@@ -114,6 +115,8 @@ def test_truncated_missing_and_wrong_hash(name: str, tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-1])
     assert reason(file.parent) == f"{name} is {len(data) - 1:,} bytes instead of {len(data):,}"
+    file.write_bytes(data + b"x")
+    assert reason(file.parent) == f"{name} is {len(data) + 1:,} bytes instead of {len(data):,}"
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert reason(file.parent) == f"{name} does not have the SHA-256 that state.json says"
     file.unlink()
@@ -308,6 +311,22 @@ def kill_at(point: str, act, *arguments) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_set_aside_leaves_what_is_older_than_the_chosen_save(tmp_path: Path) -> None:
+    for step in (20, 40, 60):
+        save(tmp_path, step)
+    set_aside([tmp_path], check_sentry(tmp_path / "step_000040", IDENTITY))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_000020", "step_000040", "step_000060.aside-1"]
+
+
+def test_prune_never_counts_a_folder_without_a_marker(tmp_path: Path) -> None:
+    """It is what a kill left; the whole save before it must stay."""
+    save(tmp_path, 20)
+    (save(tmp_path, 40) / "state.json").unlink()
+    prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000020"]
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,18 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import yaml
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_settings, wait_for
@@ -74,7 +77,7 @@ def last_save(run_dir: Path, folder: str = "snapshots", step: int = 8) -> dict:
     records, samples, best loss."""
     path = run_dir / folder / f"step_{step:06d}"
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    for name in ("files", "versions", "config"):
+    for name in ("files", "sha256", "versions", "config"):
         del state[name]
     records = [json.loads(line) for line in (path / "metrics.jsonl").open(encoding="utf-8")]
     records = [{k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records]
@@ -135,6 +138,70 @@ def test_n_steps_kill_n_steps_equal_2n(settings, tmp_path, monkeypatch, quantiza
     assert [key for key in keys if key[1] == "train"] == [(n, "train") for n in range(1, 9)]
 
 
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@hypothesis.given(kills=st.sets(st.integers(1, 8), min_size=1, max_size=3))
+def test_a_run_killed_after_any_steps_equals_a_straight_one(
+    settings, straight, tmp_path_factory, kills
+):
+    run_dir = tmp_path_factory.mktemp("killed") / "run"
+    for step in sorted(kills):  # a step is done again after a kill, until a save is past it
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, step)
+            run(settings, run_dir)
+    run(settings, run_dir)
+    assert last_save(run_dir) == straight
+
+
+def test_a_run_folder_copied_to_another_place_goes_on_there(
+    settings, tmp_path, monkeypatch, straight
+):
+    (tmp_path / "here").mkdir()
+    die_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        run(settings, tmp_path / "here" / "run")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    run(settings, tmp_path / "there" / "run")
+    assert last_save(tmp_path / "there" / "run") == straight
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(settings, tmp_path, monkeypatch, straight):
+    """The newest save is the one of the highest step, whatever the times of the files."""
+    die_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        run(settings, tmp_path / "run")
+    for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
+        step = int(*re.findall(r"step_(\d+)", str(path)) or "0")
+        os.utime(path, (10**9 - step, 10**9 - step))  # the older the step, the newer the file
+    clock = iter(range(10**9, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    run(settings, tmp_path / "run")
+    assert last_save(tmp_path / "run") == straight
+    records = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
+    assert all(record.get("step_seconds", 1) > 0 for record in records)
+
+
+def test_a_second_training_of_a_run_is_refused_and_disturbs_nothing(
+    settings, tmp_path, monkeypatch, straight
+):
+    real, lines = train.Progress.step, []
+
+    def step(self, number: int, *arguments) -> None:
+        if number == 3:
+            for fresh in (False, True):
+                with pytest.raises(UserError) as caught:
+                    run(settings, tmp_path / "run", fresh=fresh)
+                lines.append(str(caught.value))
+        real(self, number, *arguments)
+
+    monkeypatch.setattr(train.Progress, "step", step)
+    run(settings, tmp_path / "run")
+    line = f"run_dir: another training is using {tmp_path / 'run'}; wait for it, or give another"
+    assert lines == [f"{line} run_dir"] * 2 and not list((tmp_path / "run").glob("old-*"))
+    assert last_save(tmp_path / "run") == straight
+
+
 def test_continuing_from_the_durable_folder_alone(settings, tmp_path, monkeypatch, straight):
     durable = tmp_path / "drive" / "saves"
     durable.parent.mkdir()
@@ -161,6 +228,7 @@ def test_damaged_local_saves_never_replace_their_copies(settings, tmp_path, monk
         (path / "rows.new").replace(path / "rows.safetensors")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         state["files"]["rows.safetensors"] = recover.file_record(path / "rows.safetensors")
+        state["sha256"] = recover.state_hash(state)
         (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
     run(settings, tmp_path / "run", sentry_dir=str(durable), keep_sentries=9)
     assert last_save(tmp_path / "run") == last_save(tmp_path / "drive", "saves") == straight
@@ -238,6 +306,17 @@ def test_fresh_moves_everything_and_only_when_the_new_run_can_start(settings, tm
     assert (run_dir / "old-1" / "notes.txt").read_text() == "mine"
 
 
+def test_fresh_is_said_as_on_the_command_line_too_and_never_with_a_step(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=1)
+    train.train(tmp_path / "run.yaml", "max_steps=2", "--fresh")
+    assert steps(tmp_path / "run" / "snapshots")[-1] == 2
+    assert (tmp_path / "run" / "old-1" / "snapshots" / "step_000001").is_dir()
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "run", fresh=True, step=2)
+    assert str(caught.value) == "--fresh starts over, --step continues: give one of the two"
+    assert not (tmp_path / "run" / "old-2").exists()
+
+
 def test_fresh_makes_a_lexicon_from_the_corpus_anew(settings, tmp_path):
     """The old run's list of words goes aside with it, but not if the new run cannot start."""
     run_dir, changed = tmp_path / "run", {"lexicon": "from_corpus", "max_steps": 2}
@@ -276,8 +355,8 @@ def test_what_torchrun_would_repeat_at_each_restart_is_refused(
 
 def test_a_save_of_the_old_format_is_continued(settings, tmp_path, monkeypatch):
     """Until November 2026 a save held a random state, a config had another interval for snapshots,
-    and rows of kin shared nothing."""
-    old = {"kin_coupling": 0.0}
+    rows of kin shared nothing, and words were known and matched by one rule each."""
+    old = {"kin_coupling": 0.0, "known_words": "exact_string", "token_matching": "spaced"}
     run(settings, tmp_path / "straight", **old)
     die_at(monkeypatch, 5)
     with pytest.raises(Killed):
@@ -286,7 +365,9 @@ def test_a_save_of_the_old_format_is_continued(settings, tmp_path, monkeypatch):
         state = json.loads(marker.read_text(encoding="utf-8"))
         state["random_state"] = {"cpu": "zmtoL9Qo4qUBAAAA"}
         state["config"]["snapshot_every"] = 2
-        del state["config"]["kin_coupling"]
+        for name in old:
+            del state["config"][name]
+        del state["sha256"]
         marker.write_text(json.dumps(state), encoding="utf-8")
     (tmp_path / "run" / "cache").mkdir()  # the tokens were kept there
     with pytest.raises(UserError, match="kin_coupling: the run was started with 0.0, now it is 2"):
@@ -396,6 +477,56 @@ def test_a_changed_lexicon_is_named_in_words_and_other_changes_beside_it(setting
     assert (tmp_path / "run" / "old-1" / "snapshots" / "step_000002").is_dir()
 
 
+def test_the_last_step_is_saved_and_an_evaluated_one_only_if_it_is_the_best(
+    settings, tmp_path, monkeypatch
+):
+    real, losses = train.held_out_loss, iter([1.0, 9.0, 8.0, 9.0])  # of steps 0, 2, 4, 5
+    monkeypatch.setattr(train, "held_out_loss", lambda *a: real(*a) | {"val_loss": next(losses)})
+    run(settings, tmp_path / "run", max_steps=5, save_every=100, eval_every=2)
+    assert steps(tmp_path / "run" / "snapshots") == [5]
+
+
+def test_a_continued_run_keeps_its_loss_scale(settings, tmp_path):
+    """float16 alone has one; 200 good steps would double it."""
+    how = {"compute_dtype": "float16", "keep_sentries": 1}
+    run(settings, tmp_path / "run", max_steps=2, **how)
+    for path in (tmp_path / "run").glob("s*/step_000002/state.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        assert state["loss_scale"] == {"value": 65536.0, "good_steps": 2}
+        state["loss_scale"] = {"value": 1024.0, "good_steps": 198}
+        state["sha256"] = recover.state_hash(state)
+        path.write_text(json.dumps(state), encoding="utf-8")
+    run(settings, tmp_path / "run", max_steps=4, **how)
+    state = last_save(tmp_path / "run", step=4)["state"]
+    assert state["loss_scale"] == {"value": 2048.0, "good_steps": 200}
+
+
+def test_a_save_whose_rows_do_not_fit_the_run_is_refused_by_name(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=2)
+    for path in (tmp_path / "run").glob("s*/step_000002"):
+        tensors = load_file(path / "rows.safetensors")
+        tensors["output_rows"] = tensors["output_rows"][1:].clone()
+        save_file(tensors, path / "rows.safetensors")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state["files"]["rows.safetensors"] = recover.file_record(path / "rows.safetensors")
+        state["sha256"] = recover.state_hash(state)
+        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "run")
+    path = tmp_path / "run" / "snapshots" / "step_000002"
+    assert str(caught.value) == f"{path}: output_rows is missing or not of shape [20, 32]"
+
+
+def test_tensorboard_without_its_package_is_refused_before_anything_is_loaded(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "installed_version", lambda name: "")
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "run", tensorboard=True)
+    line = "tensorboard: true, but the package is missing; pip install tensorboard"
+    assert str(caught.value) == line and not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_keeps_its_settings(settings, tmp_path):
     run(settings, tmp_path / "run", max_steps=4)
     path = tmp_path / "run" / "config.yaml"
@@ -464,6 +595,16 @@ def test_a_full_local_disk(settings, tmp_path, monkeypatch, straight, where):
     assert steps(tmp_path / "run" / "snapshots")[0] == 2
     run(settings, tmp_path / "run")
     assert last_save(tmp_path / "run") == straight
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next_one(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recover, "save_file", no_space_for_tensors)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(settings, tmp_path / "run", max_steps=60, save_every=20, eval_every=100)
+    records = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert 20 <= json.loads(records[-1])["step"] < 40
 
 
 def test_a_run_folder_that_cannot_be_made(settings, tmp_path):
@@ -582,7 +723,9 @@ def test_a_start_mends_the_durable_copy_of_what_it_continues_from(settings, tmp_
         (save / "rows.safetensors").write_bytes(b"")
     elif spoiled == "words":
         state = json.loads((save / "state.json").read_text(encoding="utf-8"))
-        (save / "state.json").write_text(json.dumps(state | {"words_sha256": "0"}))
+        state["words_sha256"] = "0"
+        state["sha256"] = recover.state_hash(state)
+        (save / "state.json").write_text(json.dumps(state))
     before = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns
     run(settings, tmp_path / "run", sentry_dir=str(durable))
     after = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns

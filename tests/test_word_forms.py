@@ -263,6 +263,21 @@ def with_more_words(config, words: str) -> None:
     Path(config.model_name, "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
 
+def test_a_word_that_must_match_without_a_space_and_is_one_token_there_gets_no_row(run):
+    """ "Qu" begins "Quorum", so it cannot take the space in."""
+    new = plan(run("qwen", ["Qu", "riverrun"], "a Qu riverrun"))
+    assert len(encode(new.base, "Qu")) == 1 and len(encode(new.base, " Qu")) > 1
+    assert new.words == ["riverrun"]
+
+
+def test_a_word_of_a_script_without_blanks_is_known_as_it_stands_without_one(run):
+    config = run("qwen", ["日本", "riverrun"], "a riverrun")
+    with_more_words(config, "。日本。" * 40)
+    new = plan(config)
+    assert len(encode(new.base, "日本")) == 1 and len(encode(new.base, " 日本")) > 1
+    assert new.words == ["riverrun"] and new.known_by_rule["one_token"] == 1
+
+
 def test_no_word_hides_a_longer_one(run):
     """The token " çalı" would match the beginning of "çalış" and leave no other way to spell it."""
     text = "bir çalı ve çalış\nçalı ve çalış\n"

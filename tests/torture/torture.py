@@ -63,6 +63,7 @@ ONE_RUN_SECONDS = 180  # a run that takes longer hangs
 
 def edit_state(path: Path, **changes) -> None:
     state = json.loads((path / "state.json").read_text(encoding="utf-8")) | changes
+    state["sha256"] = recover.state_hash(state)
     (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

@@ -1,0 +1,503 @@
+"""Puts small faults into the code, one at a time, and says which of them no test notices.
+
+    python tests/torture/mutate.py [COUNT] [--only config.py] [--jobs 2]
+
+Each fault is one replacement of text in one script. It is made in a copy of the repository, and the
+tests that should notice it run there until the first failure. The faults are spread over what the
+README promises: data order, held-out split, loss, gradients, schedule, optimizer, saves, exports,
+ids and forms of words, limits of the config, error texts. Prints a line a fault and a table of the
+survivors; the exit status is 1 if there is one that EXPECTED does not name. COUNT takes the first
+faults of a fixed random order. Each test run is a fork of this process, which has the libraries
+imported already.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Script -> the test files that should notice a fault in it, unless the fault names others. A file
+# may be followed by :: and one of its tests.
+TESTS = {
+    "config.py": "config",
+    "env_shim.py": "env_shim",
+    "extend_tokenizer.py": "word_forms extend_tokenizer",
+    "overlay.py": "overlay loss adafactor",
+    "machine.py": "machine overlay",
+    "recover.py": "recover export",
+    "train.py": "data records survival",
+}
+# What the tests import sooner or later, beside what forked.py names.
+LIBRARIES = (
+    "hypothesis", "peft", "torch._dynamo", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.models.gemma2.modeling_gemma2",
+)  # fmt: skip
+SECONDS = 600  # a fault that makes the tests hang is noticed too
+# Survivors that change nothing a user could see, and why: (script, old text) -> reason.
+EXPECTED = {
+    (
+        "recover.py",
+        "sync(part / name)\n            fault_point",
+    ): "the whole folder is synced before"
+    " it gets its name; synced here too, so that the read back asks the disk or mount",
+    (
+        "extend_tokenizer.py",
+        'normalized=matching == "plain"',
+    ): "texts are in composed form, in which both match the same",
+}
+
+# One fault: script, its text, the faulty text[, tests that should notice, if not those of TESTS].
+# ruff: noqa: E501
+# fmt: off
+FAULTS = [
+    # Settings: limits, types, unknown keys, what makes another run, files written safely.
+    ("config.py", '"tokens a sequence", low=2)', '"tokens a sequence", low=1)'),
+    ("config.py", 'low=0.0, high=1.0)', 'low=0.0)'),
+    ("config.py", 'above=0.0, high=0.5)', 'above=0.0, high=0.6)'),
+    ("config.py", 'low=0, high=10**9)', 'low=0)'),
+    ("config.py", 'result <= limits.get("above", result - 1)', 'result < limits.get("above", result - 1)'),
+    ("config.py", 'too_low or result > limits.get("high", result)', 'too_low'),
+    ("config.py", 'if math.isinf(result):', 'if False:'),
+    ("config.py", 'micro != "auto" and effective % micro:', 'micro != "auto" and effective < micro:'),
+    ("config.py", 'r"[+-]?\\d+", int)', 'r"[+-]?\\d+", lambda t: int(t, 0))', "config properties"),
+    ("config.py", 'lambda t: t in ("true", "yes", "on")', 'lambda t: t in ("true", "on")'),
+    ("config.py", '(as_written and isinstance(value, bool))', 'False'),
+    ("config.py", 'elif name in values:', 'elif False:'),
+    ("config.py", 'elif name in overridden:', 'elif False:'),
+    ("config.py", 'problems.append(f"unknown key {name!r}, {nearest_key(str(name))}")', 'continue'),
+    ("config.py", 'meant = ALIASES.get(name.lower(), close[0])', 'meant = close[0]'),
+    ("config.py", 'if problems:\n        where', 'if problems[1:]:\n        where'),
+    ("config.py", 'or as random directions", choices', 'or as random directions", changes_run=False, choices'),
+    ("config.py", 'setting(0.1, "share of the corpus held out", above', 'setting(0.1, "share of the corpus held out", changes_run=False, above', "config survival::test_each_key_of_a_changed_config"),
+    ("config.py", 'before=0.0, low=0.0)', 'low=0.0)', "config survival::test_a_save_of_the_old_format_is_continued"),
+    ("config.py", 'before="exact_string", choices', 'choices', "config survival::test_a_save_of_the_old_format_is_continued"),
+    ("config.py", 'before="spaced", choices', 'choices', "config survival::test_a_save_of_the_old_format_is_continued"),
+    ("config.py", 'sort_keys=False, allow_unicode=True)', 'sort_keys=True, allow_unicode=True)'),
+    ("config.py", 'for inner in (*part.rglob("*"), part):\n            sync(inner)', 'pass', "power_loss"),
+    ("config.py", 'for inner in (*part.rglob("*"), part):', 'for inner in (part,):', "power_loss"),
+    ("config.py", 'for inner in (*part.rglob("*"), part):', 'for inner in part.rglob("*"):', "power_loss"),
+    ("config.py", 'part.replace(path)\n        sync(path.parent)', 'part.replace(path)', "power_loss"),
+    ("config.py", 'if old.exists() and not path.exists():\n        old.rename(path)', 'if False:\n        pass', "config power_loss"),
+    ("config.py", 'if not path.is_dir() or error.errno not in', 'if error.errno not in'),
+    ("config.py", 'part.write_bytes(text.encode())', 'part.write_bytes(text.encode().replace(b"\\r", b""))'),
+    ("config.py", '[:500]', '[:50]', "config machine families export"),
+    ("config.py", 'print(str(error), file=sys.stderr)\n        return 1', 'print(str(error), file=sys.stderr)\n        return 0'),
+    ("config.py", 'indent=1, ensure_ascii=False', 'indent=1'),
+
+    # The environment: which patch acts when, what the check says.
+    ("env_shim.py", 'version_tuple(first) <= version_tuple(version) < version_tuple(end)', 'version_tuple(first) <= version_tuple(version) <= version_tuple(end)'),
+    ("env_shim.py", 'version_tuple(first) <= version_tuple(version) < version_tuple(end)', 'version_tuple(version) < version_tuple(end)'),
+    ("env_shim.py", 'version.partition("+")[0]', 'version'),
+    ("env_shim.py", 'if "HF_DEACTIVATE_ASYNC_LOAD" in os.environ:', 'if False:'),
+    ("env_shim.py", 'if chosen or cuda_is_up or', 'if chosen or'),
+    ("env_shim.py", 'del sys.modules[name]', 'pass'),
+    ("env_shim.py", 'layer.support_avx512bf16_for_cpu = False', 'pass'),
+    ("env_shim.py", 'version_tuple(version) < version_tuple(oldest):', 'version_tuple(version) <= version_tuple(oldest):'),
+    ("env_shim.py", 'if version_tuple(loaded) != version_tuple(version):', 'if False:'),
+    ("env_shim.py", 'if need_gpu and not torch.cuda.is_available():', 'if need_gpu and False:'),
+    ("env_shim.py", 'if package != "bitsandbytes" or quantization != "none":', 'if True:'),
+    ("env_shim.py", 'if gpu.major < 8:', 'if gpu.major < 7:'),
+    ("env_shim.py", 'return 1 if problems else 0', 'return 0'),
+    ("env_shim.py", 'sys.stderr if name == "problem" else sys.stdout', 'sys.stdout'),
+
+    # Words and ids: lexicons, known words, forms, spellings, reports, saved tokenizers.
+    ("extend_tokenizer.py", '"outer blanks": str.strip,', ''),
+    ("extend_tokenizer.py", 'unicodedata.normalize("NFC", line)', 'unicodedata.normalize("NFD", line)'),
+    ("extend_tokenizer.py", 'texts.append(unicodedata.normalize("NFC", text))', 'texts.append(text)'),
+    ("extend_tokenizer.py", 'read_text(path, "corpus").removeprefix("\\ufeff")', 'read_text(path, "corpus")'),
+    ("extend_tokenizer.py", 'if reserved and reserved.search(word):', 'if False:'),
+    ("extend_tokenizer.py", 'if "," in word or ";" in word:', 'if "," in word:'),
+    ("extend_tokenizer.py", 'return None if any(map(str.isalnum, word)) else', 'return None if True else'),
+    ("extend_tokenizer.py", 'if count >= config.lexicon_min_count', 'if count > config.lexicon_min_count'),
+    ("extend_tokenizer.py", 'len(ids) >= config.lexicon_min_base_tokens]', 'len(ids) > config.lexicon_min_base_tokens]'),
+    ("extend_tokenizer.py", 'if kept.exists() and not fresh:', 'if kept.exists():', "extend_tokenizer survival::test_fresh_makes_a_lexicon_from_the_corpus_anew"),
+    ("extend_tokenizer.py", 'config.lexicon_skip_capitalized and word[0].isupper()', 'False'),
+    ("extend_tokenizer.py", 'if word not in set(excluded)]', ']'),
+    ("extend_tokenizer.py", 'with_bos[0] if with_bos[:1] != without[:1] else None', 'None'),
+    ("extend_tokenizer.py", 'max(vocab.values()) + 1', 'len(vocab)'),
+    ("extend_tokenizer.py", 'if len(ids) == 1 or content in vocab}', 'if content in vocab}'),
+    ("extend_tokenizer.py", 'UNSPACED.fullmatch(word) else space + word for word in words]', 'False else space + word for word in words]'),
+    ("extend_tokenizer.py", 'if word not in known[rule]]', 'if word not in vocab]'),
+    ("extend_tokenizer.py", 'rule, matching = "one_token", "both" if matching == "both" else "spaced"', 'pass'),
+    ("extend_tokenizer.py", 'if len(ids) > 1 or form.place == AFTER_SPACE]', ']'),
+    ("extend_tokenizer.py", 'for word in sorted(words):', 'for word in words:'),
+    ("extend_tokenizer.py", 'longer[i].startswith(word)', 'longer[i] == word'),
+    ("extend_tokenizer.py", 'and not hidden and reads_well(base, word)', 'and reads_well(base, word)'),
+    ("extend_tokenizer.py", 'and not hidden and reads_well(base, word)', 'and not hidden'),
+    ("extend_tokenizer.py", 'return sorted({form for e in entries if e.isalpha() for form in (e, e.lower())})', 'return sorted({e for e in entries if e.isalpha()})'),
+    ("extend_tokenizer.py", '"two" if blanks == "  " else blanks[-1:]', 'blanks[-1:]'),
+    ("extend_tokenizer.py", 'if len(ids) > 1 and form.content not in vocab]', ']'),
+    ("extend_tokenizer.py", 'single_word=f.place == WHOLE_WORD', 'single_word=False'),
+    ("extend_tokenizer.py", 'normalized=matching == "plain"', 'normalized=True'),
+    ("extend_tokenizer.py", 'spec["model"]["ignore_merges"] = True', 'pass'),
+    ("extend_tokenizer.py", r'''"|".join([*patterns, r"(?<=<)0(?=x[0-9A-F]{2}>)"])''', '"|".join(patterns)'),
+    ("extend_tokenizer.py", r'''rf"(?<!{SPACE}){SPACE}(?:%s)(?![{LETTER}])"''', r'''rf"{SPACE}(?:%s)(?![{LETTER}])"'''),
+    ("extend_tokenizer.py", '"\\n".join([str(first_new_id), *words])', '"\\n".join(words)'),
+    ("extend_tokenizer.py", '"\\n".join([str(first_new_id), *words])', '"\\n".join([str(first_new_id), *sorted(words)])'),
+    ("extend_tokenizer.py", 'texts = [LEAD + part if j else part', 'texts = [part if j else part'),
+    ("extend_tokenizer.py", 'if not figures["new_tokens"]:', 'if False:'),
+    ("extend_tokenizer.py", 'clean_up_tokenization_spaces": False', 'clean_up_tokenization_spaces": True'),
+    ("extend_tokenizer.py", '"model_input_names": ["input_ids", "attention_mask"],', ''),
+    ("extend_tokenizer.py", 'max(0, table_rows - new.first_new_id)', 'table_rows - new.first_new_id'),
+    ("extend_tokenizer.py", 'round(100 * num_words / new.first_new_id, 2)', 'round(100 * num_words / len(new.words), 2)'),
+    ("extend_tokenizer.py", 'first_bad_line = first_bad_line or bad_line(', 'first_bad_line = bad_line('),
+    ("extend_tokenizer.py", 'line += piece.count("\\n")', 'pass'),
+    ("extend_tokenizer.py", 'of_words.update(dict(zip(new.words[new.num_words :], counts[new.num_words :])))', 'pass'),
+    ("extend_tokenizer.py", 'if started and any(', 'if False and any('),
+
+    # The overlay: look-up, loss and its gradients, Adafactor, what rows share, first values.
+    ("overlay.py", 'torch.where(is_new, input_ids - self.first_new_id, 0)', 'torch.where(is_new, input_ids - self.first_new_id - 1, 0)'),
+    ("overlay.py", 'torch.where(is_new[..., None], rows * self.embed_scale(), base_embeds)', 'torch.where(is_new[..., None], rows, base_embeds)', "overlay families"),
+    ("overlay.py", 'rows = grad[is_new].float() * self.embed_scale()', 'rows = grad[is_new].float()', "overlay families"),
+    ("overlay.py", 'self.grad.zero_()\n\n    def loss', 'pass\n\n    def loss'),
+    ("overlay.py", 'self.base_rows, len(self.base_rows) if base_only else self.first_new_id,', 'self.base_rows, self.first_new_id,', "overlay loss data"),
+    ("overlay.py", 'None if base_only else self.logit_rows.detach(),', 'self.logit_rows.detach(),', "overlay loss data"),
+    ("overlay.py", 'self.grad if self.train_output else None, scale, self.formula', 'self.grad, scale, self.formula', "overlay adafactor"),
+    ("overlay.py", 'base[:, first_new_id:] = -math.inf', 'pass'),
+    ("overlay.py", 'total += new.sub_(largest[:, None]).exp_().sum(dim=1)', 'new.sub_(largest[:, None]).exp_()'),
+    ("overlay.py", 'largest = torch.maximum(largest, new.amax(dim=1))', 'pass', "loss overlay"),
+    ("overlay.py", 'target = torch.where(in_base, target, new[position, new_label])', 'pass'),
+    ("overlay.py", 'base[position, base_label] -= (in_base & valid).float()', 'base[position, base_label] -= in_base.float()', "loss overlay data"),
+    ("overlay.py", 'new[position, new_label] -= (~in_base).float()', 'pass', "overlay adafactor"),
+    ("overlay.py", 'torch.where(valid, largest + total.log() - target, 0.0)', 'largest + total.log() - target', "loss data"),
+    ("overlay.py", 'weight = torch.where(valid, 1.0 / total, 0.0)[:, None]', 'weight = (1.0 / total)[:, None]', "loss data"),
+    ("overlay.py", 'logits.mul_(slope)', 'pass', "overlay families"),
+    ("overlay.py", 'slope = (1.0 - logits.square()).mul_(self.scale)', 'slope = 1.0 - logits.square()', "overlay families"),
+    ("overlay.py", 'logits += self.bias[: logits.shape[-1]]', 'pass', "overlay families"),
+    ("overlay.py", 'add_(matmul_fp32(d_block.T, hidden), alpha=scale)', 'add_(matmul_fp32(d_block.T, hidden))', "loss overlay"),
+    ("overlay.py", 'grad_hidden += matmul_fp32(d_block, new_rows[block].to(hidden.dtype))', 'pass'),
+    ("overlay.py", 'grad_hidden *= scale', 'pass'),
+    ("overlay.py", 'scale = scale / FLOAT16_SOFTMAX_SCALE', 'pass', "loss"),
+    ("overlay.py", 'self.good_steps % 200 == 0', 'self.good_steps % 100 == 0', "loss"),
+    ("overlay.py", 'self.value, self.good_steps = self.value / 2, 0', 'self.value = self.value / 2', "loss"),
+    ("overlay.py", 'if lowest < self.value:', 'if lowest > self.value:', "loss processes::test_the_lowest_loss_scale_is_everyones"),
+    ("overlay.py", 'd_embeds.float() / loss_scale.value', 'd_embeds.float()', "loss"),
+    ("overlay.py", 'decay = 1.0 - step**-0.8', 'decay = 1.0 - step**-0.7', "adafactor"),
+    ("overlay.py", 'row.mul_(decay).add_(row_squares + 1e-30, alpha=1 - decay)', 'row.mul_(decay).add_(row_squares + 1e-30)', "adafactor"),
+    ("overlay.py", 'column.mul_(decay).add_(column_squares + 1e-30, alpha=1 - decay)', 'column.copy_(column_squares + 1e-30)', "adafactor"),
+    ("overlay.py", 'row_factor = (row / row.mean()).rsqrt()', 'row_factor = row.rsqrt()', "adafactor"),
+    ("overlay.py", 'root_mean_square.clamp(min=1.0)', 'root_mean_square', "adafactor"),
+    ("overlay.py", '.mul_(grad_scale).square_() / num_rows', '.square_() / num_rows', "adafactor data"),
+    ("overlay.py", 'column_factor = column.rsqrt() * grad_scale', 'column_factor = column.rsqrt()', "adafactor data"),
+    ("overlay.py", 'overlay.grad.index_add_(0, overlay.used, overlay.input_grad)', 'pass', "adafactor overlay"),
+    ("overlay.py", 'for g in (overlay.grad, overlay.input_grad)]', 'for g in (overlay.grad, overlay.grad)]', "adafactor data"),
+    ("overlay.py", 'overlay.grad.zero_()  # the buffer', '# the buffer', "adafactor"),
+    ("overlay.py", 'found[f"{name}.column_mean_square"] = mean_squares["column"]', 'pass', "adafactor survival::test_n_steps_kill_n_steps_equal_2n"),
+    ("overlay.py", 'KIN_LETTERS = (2, 3, 4)', 'KIN_LETTERS = (2, 3)', "adafactor"),
+    ("overlay.py", 'KIN_MIN_WORDS = 3', 'KIN_MIN_WORDS = 2', "adafactor"),
+    ("overlay.py", 'weight = kin_coupling / num_words.sqrt()', 'weight = kin_coupling / num_words', "adafactor"),
+    ("overlay.py", 'weight[0] = row_coupling / math.sqrt(len(words))', 'weight[0] = row_coupling / len(words)', "adafactor"),
+    ("overlay.py", 'return ["", *beginnings, *endings, ids[0], ~ids[-1], "=" + word]', 'return ["", *beginnings, *endings, ids[0], ~ids[-1]]', "adafactor word_forms"),
+    ("overlay.py", 'columns += to_words @ (to_features @ columns)', 'columns.copy_(to_words @ (to_features @ columns))', "adafactor"),
+    ("overlay.py", 'return "shared" if tied else "separate"', 'return "separate"', "overlay"),
+    ("overlay.py", 'rows[block] = sums / lengths[:, None]', 'rows[block] = sums', "overlay"),
+    ("overlay.py", 'std = math.sqrt((squares - total * total / count) / (count - 1))', 'std = math.sqrt(squares / count)', "overlay"),
+    ("overlay.py", 'if reach[0, 4:].nan_to_num(0.0).any():', 'if False:', "overlay families"),
+    ("overlay.py", 'if not least <= (1e-4 if', 'if not least <= (1.0 if', "overlay families"),
+    ("overlay.py", 'self.uninstall()\n            raise', 'raise', "overlay"),
+
+    # The machine: devices, shares, fusing proved, memory plan, the smaller step.
+    ("machine.py", 'if config.effective_batch_size % world_size:', 'if False:', "machine processes::test_a_number_that_does_not_divide_the_batch"),
+    ("machine.py", 'dtype = torch.bfloat16 if major >= 8 else torch.float16', 'dtype = torch.bfloat16 if major >= 7 else torch.float16'),
+    ("machine.py", 'min((max_gpu_gib or math.inf) * GIB / total, 1.0)', '1.0'),
+    ("machine.py", 'loss_scale.agree(min(scales))', 'pass', "processes"),
+    ("machine.py", 'return loss_sum, norm, stopping > 0', 'return loss_sum, norm, stop_asked', "processes"),
+    ("machine.py", 'different = [name for name in facts if facts[name] != everyone[0][name]]', 'different = []', "processes"),
+    ("machine.py", 'model.requires_grad_(False)  # after', '# after', "families overlay"),
+    ("machine.py", '<= PIECE_TOLERANCE\n', '<= 1e9\n'),
+    ("machine.py", 'if difference > PIECE_TOLERANCE:', 'if False:'),
+    ("machine.py", 'difference.nan_to_num(nan=math.inf).item()', 'difference.item()'),
+    ("machine.py", 'if difference > PASS_TOLERANCE:', 'if False:'),
+    ("machine.py", 'function = compiled if torch.is_grad_enabled() else original', 'function = compiled'),
+    ("machine.py", 'and not getattr(shape, "sliding_window", None):', ':'),
+    ("machine.py", 'total += run_pass(overlay, *inputs, scale, loss_scale, after_loss).sum()', 'total = run_pass(overlay, *inputs, scale, loss_scale, after_loss).sum()', "overlay machine data"),
+    ("machine.py", 'all_reduce_sum(worker, overlay.input_grad)', 'pass', "processes"),
+    ("machine.py", 'sums.append(dist.all_reduce(bucket, async_op=True))', 'pass', "processes"),
+    ("machine.py", 'plan.micro_batch_size = max(size // 2, 1)', 'plan.micro_batch_size = size'),
+    ("machine.py", 'plan.graph = plan.parking = None', 'plan.parking = None'),
+    ("machine.py", 'plan.graph = plan.parking = None', 'plan.graph = None'),
+    ("machine.py", 'left = min(count * carried, room) - count * inputs', 'left = min(count * carried, room)'),
+    ("machine.py", 'for module in linears[:-1]:', 'for module in linears:'),
+    ("machine.py", 'if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):', 'if error.errno not in (errno.ENOSPC,):', "machine survival::test_a_full_local_disk"),
+    ("machine.py", '"gradients": row_set + 4', '"gradients": 4'),
+    ("machine.py", 'nf4_bytes = 0.5 + 1 / 64 + 4 / 64 / 256', 'nf4_bytes = 0.5'),
+    ("machine.py", 'if plans[size]["total"] <= cap)', 'if True)', "machine train_cli::test_dry_run_plans_without_weights_and_writes_nothing"),
+
+    # Saves: order of writing, hashes, what counts as whole, picking, pruning, copying.
+    ("recover.py", 'digest.update(chunk)', 'digest.update(chunk[:1])', "recover properties"),
+    ("recover.py", 'path.chmod(mode)', 'pass'),
+    ("recover.py", 'if not (target / MARKER).exists():', 'if False:'),
+    ("recover.py", 'write_json(target / MARKER, state)', '(target / MARKER).write_text(json.dumps(state))', "power_loss"),
+    ("recover.py", 'with replacing(target) as part:\n            part.mkdir(parents=True)\n            yield part', 'target.mkdir(parents=True, exist_ok=True)\n        for part in [target]:\n            yield part', "power_loss recover"),
+    ("recover.py", 'state, target = dict(state), folder', 'state, target = state, folder'),
+    ("recover.py", 'raise ValueError\n    except FileNotFoundError', 'pass\n    except FileNotFoundError', "properties"),
+    ("recover.py", 'if path.name != f"step_{step:06d}":', 'if False:'),
+    ("recover.py", 'if state.get(name) not in (wanted, NOT_KNOWN):', 'if False:'),
+    ("recover.py", 'if state.get(name) not in (wanted, NOT_KNOWN):', 'if state.get(name) != wanted:', "recover export"),
+    ("recover.py", 'if not (path / name).is_file():', 'if False:'),
+    ("recover.py", '!= size:  # seen', '< size:  # seen', "recover properties"),
+    ("recover.py", 'if file_record(path / name)["sha256"] != sha256:', 'if False:', "recover"),
+    ("recover.py", 'if not all(block.isfinite().all() for block in blocks):', 'if False:', "recover"),
+    ("recover.py", 'split(VALUES_AT_ONCE)', 'split(VALUES_AT_ONCE)[:1]', "recover"),
+    ("recover.py", 'return sorted(found, key=lambda entry: -entry[0])', 'return sorted(found, key=lambda entry: -entry[1].stat().st_mtime)', "recover"),
+    ("recover.py", 're.fullmatch(r"step_(\\d{6,})", path.name)\n            if match', 're.match(r"step_(\\d{6,})", path.name)\n            if match', "recover survival::test_a_step_by_name_and_what_was_newer"),
+    ("recover.py", 'found.append((loss, -step, path))', 'found.append((loss, step, path))', "recover"),
+    ("recover.py", 'found.append((loss, -step, path))', 'found.append((-loss, -step, path))', "recover"),
+    ("recover.py", 'if step in (None, number):\n            try', 'if True:\n            try', "recover generate"),
+    ("recover.py", 'skipped += error.problems\n', 'pass\n', "recover"),
+    ("recover.py", 'if path == chosen.path:\n            return', 'if path == chosen.path:\n            continue', "recover"),
+    ("recover.py", 'committed_sentries(folder)[:keep]', 'sentry_folders(folder)[:keep]', "recover"),
+    ("recover.py", 'committed_sentries(folder)[:keep]', 'committed_sentries(folder)[: keep - 1]', "recover survival::test_keep_sentries"),
+    ("recover.py", '+ by_held_out_loss(folder)[:1]', '', "recover"),
+    ("recover.py", 'if path not in (*kept, spare):', 'if path not in kept:', "recover"),
+    ("recover.py", '(path / MARKER).unlink(missing_ok=True)', 'pass', "recover power_loss"),
+    ("recover.py", 'for path in folder.glob(".step_*"):', 'for path in ():', "recover"),
+    ("recover.py", 'return check_files(target, state).path', 'return target if target.exists() else 1 / 0', "recover"),
+    ("recover.py", 'if file_record(part / name) != record:', 'if False:', "recover"),
+    ("recover.py", 'sync(part / name)\n            fault_point', 'fault_point', "power_loss recover"),
+    ("recover.py", 'self.finish_local()\n        pool', 'pool', "recover"),
+    ("recover.py", 'wanted = [*list(steps)[:1], *by_held_out_loss(self.local)[:1]]', 'wanted = [*list(steps)[:1]]', "recover survival::test_the_save_of_the_lowest_held_out_loss_is_made_and_kept"),
+    ("recover.py", 'if step >= self.first_step}', '}', "recover survival::test_damaged_local_saves_never_replace_their_copies"),
+    ("recover.py", 'copy_sentry(path, self.durable, copy)\n                prune(self.durable, self.keep)', 'prune(self.durable, self.keep)\n                copy_sentry(path, self.durable, copy)', "recover"),
+    ("recover.py", 'self.in_copy = path = waiting[-(len(tried) % 2)]', 'self.in_copy = path = waiting[0]', "recover"),
+    ("recover.py", 'self.in_copy = path = waiting', 'path = waiting', "recover"),
+    ("recover.py", 'except OSError:\n        shutil.copyfile(source, target)', 'except OSError:\n        pass', "recover"),
+    ("recover.py", 'if self.durable.parent == self.local.parent:', 'if False:', "recover survival::test_without_a_sentry_dir_the_two_folders_share_their_files"),
+
+    # Exports, generation, import, and what they need of the base.
+    ("recover.py", 'known["model_name"] = base or str(folder)', 'known["model_name"] = str(folder)', "export generate"),
+    ("recover.py", 'if new_words_hash(words, first) != sha256 or texts', 'if texts', "export"),
+    ("recover.py", 'if out.is_dir() and any(out.iterdir()) and not force:', 'if False:', "export"),
+    ("recover.py", 'if out in (run_dir.resolve(), Path(config.model_name).resolve()):', 'if False:', "export"),
+    ("recover.py", 'stale.unlink()', 'pass', "export"),
+    ("recover.py", 'sync(part / name)\n            (part', '(part', "power_loss"),
+    ("recover.py", 'sync(out)', 'pass', "power_loss"),
+    ("recover.py", 'ignore_patterns("report.json", "words.tsv")', 'ignore_patterns("words.tsv")', "export"),
+    ("recover.py", 'private=True, exist_ok=True', 'exist_ok=True', "export"),
+    ("recover.py", 'allow_patterns=names, commit', 'commit', "export"),
+    ("recover.py", 'enumerate(words, facts["first_new_id"]):', 'enumerate(words):', "export"),
+    ("recover.py", '"token_indices": list(range(len(table), size)),', '"token_indices": list(range(len(table) - 1, size - 1)),', "export"),
+    ("recover.py", 'text["vocab_size"] = first + sentry.state["num_new_tokens"]', 'pass', "export"),
+    ("recover.py", 'section["tie_word_embeddings"] = base.tied and not separate', 'pass', "export"),
+    ("recover.py", 'missing = table.new_zeros(first_new_id - len(table), *table.shape[1:])', 'missing = table[:0]', "export families"),
+    ("recover.py", 'return table[:num_rows]', 'return table', "export"),
+    ("recover.py", 'total_size += sum(tensor.nbytes for tensor in tensors.values())', 'pass', "export"),
+    ("recover.py", 'if not difference <= (1e-4 if', 'if not difference <= (1e4 if', "export"),
+    ("recover.py", 'raise UserError(f"export: {name} does not hold', 'print(f"export: {name} does not hold', "export"),
+    ("recover.py", 'raise UserError(f"export: it cannot be loaded back', 'raise UserError(f"export: {one_line(error)}") from error\n        raise UserError(f"export: it cannot be loaded back', "export"),
+    ("recover.py", 'if not evals:', 'if True:', "export"),
+    ("recover.py", 'near_new[i] = -2.0', 'pass', "export"),
+    ("recover.py", 'new.spellings[: new.num_words], config)', 'new.spellings, config)[: new.num_words] * 2', "export"),
+    ("recover.py", 'if is_new or not self.tokenizer.decode(self.ids).endswith("\\ufffd"):', 'if True:', "generate records"),
+    ("recover.py", 'torch.manual_seed(seed)', 'pass', "generate records"),
+    ("recover.py", 'with torch.random.fork_rng([model.device] if ids.is_cuda else []):', 'if True:', "records"),
+    ("recover.py", 'if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:', 'if temperature < 0 or not 0 < top_p <= 1:', "generate"),
+    ("recover.py", '0 if temperature else 1}', '0}', "generate"),
+    ("recover.py", 'overlay.first_new_id = first\n', 'pass\n', "generate records overlay"),
+    ("recover.py", 'config = dataclasses.replace(config, device="auto")', 'pass', "generate"),
+    ("recover.py", 'if start < first or rows.shape != (last + 1 - start, width):', 'if rows.shape != (last + 1 - start, width):', "export"),
+    ("recover.py", 'tensors["input_rows"][start - first : new.num_words] = rows', 'tensors["input_rows"][: len(rows)] = rows', "export adafactor"),
+    ("recover.py", 'tensors["input_rows"][new.num_words :] = tensors["input_rows"][of_first_forms]', 'pass', "export word_forms"),
+    ("recover.py", 'map_location="cpu", weights_only=True)\n        rows', 'map_location="cpu", weights_only=False)\n        rows', "export"),
+    ("recover.py", 'if not rows.isfinite().all():', 'if False:', "export"),
+    ("recover.py", '"optimizer_step": 0,', '"optimizer_step": step,', "adafactor"),
+    ("recover.py", 'cannot be mapped; load the model once', 'cannot be mapped', "export families"),
+
+    # Data: the split, sequences, epochs, shares of processes.
+    ("train.py", 'cuts.append(len(text) if position == parts else cut)', 'cuts.append(len(text) - 1 if position == parts else cut)', "data"),
+    ("train.py", 'cut = line_end + 1 if line_end >= 0 else wanted', 'cut = line_end if line_end >= 0 else wanted', "data"),
+    ("train.py", 'for position in (part - val_fraction, part):', 'for position in (part - 1 + val_fraction, part):', "data"),
+    ("train.py", 'return "".join(pieces[0::2]), "".join(pieces[1::2])', 'return "".join(pieces[0::2]), "".join(pieces[1::2])[1:]', "data"),
+    ("train.py", 'return "".join(pieces[0::2]), "".join(pieces[1::2])', 'return text, "".join(pieces[1::2])', "data"),
+    ("train.py", 'halves = [split_text(text, config.val_fraction) for text in texts]', 'halves = [split_text("".join(texts), config.val_fraction)]', "data"),
+    ("train.py", '"\\0".join(texts).encode("utf-8")', '"".join(texts).encode("utf-8")', "data"),
+    ("train.py", 'start - (len(LEAD) if start else 0))', 'start)', "data word_forms"),
+    ("train.py", 'if len(stream) <= config.seq_len:', 'if len(stream) < config.seq_len:', "data train_cli::test_texts_that_cannot_be_used"),
+    ("train.py", 'return (len(stream) - 1) // seq_len', 'return len(stream) // seq_len', "data"),
+    ("train.py", 'stream[positions], stream[positions + 1]', 'stream[positions], stream[positions]', "data"),
+    ("train.py", 'x[:, 0] = bos_id', 'x[0] = bos_id', "data"),
+    ("train.py", 'manual_seed(seed * 1_000_003 + epoch)', 'manual_seed(seed * 1_000_003)', "data"),
+    ("train.py", 'manual_seed(seed * 1_000_003 + epoch)', 'manual_seed(epoch)', "data"),
+    ("train.py", 'manual_seed(seed * 1_000_003 + epoch)', 'manual_seed(seed + epoch)', "data"),
+    ("train.py", 'if not numbers or index == 0:', 'if not numbers:', "data"),
+    ("train.py", 'order = torch.randperm(num_sequences, generator=generator)', 'order = torch.randint(num_sequences, (num_sequences,), generator=generator)', "data"),
+    ("train.py", 'range((step - 1) * batch_size, step * batch_size)', 'range(step * batch_size, (step + 1) * batch_size)', "data adafactor"),
+    ("train.py", '(rank * size // worker.world_size for rank', '(rank * size // max(worker.world_size, 2) for rank', "data"),
+    ("train.py", 'overlay.base_embed(x[first:end]), x, numbers)', 'overlay.base_embed(x[first:end]), x[first:end], numbers)', "data processes"),
+
+    # The step: schedule, clipping, what is checked before the update.
+    ("train.py", '(config.max_steps + 1 - warmup_steps)', '(config.max_steps - warmup_steps)', "data"),
+    ("train.py", 'if step <= warmup_steps:', 'if step < warmup_steps:', "data"),
+    ("train.py", 'config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))', 'config.learning_rate * (1 - share)', "data"),
+    ("train.py", 'warmup_steps = round(config.warmup_ratio * config.max_steps)', 'warmup_steps = int(config.warmup_ratio * config.max_steps)', "data survival::test_every_step_trains"),
+    ("train.py", 'if not (math.isfinite(loss) and math.isfinite(norm)):', 'if not math.isfinite(loss):', "survival::test_not_finite_stops_before_the_update"),
+    ("train.py", 'clip = min(1.0, config.max_grad_norm / (norm + 1e-6))', 'clip = config.max_grad_norm / (norm + 1e-6)', "data"),
+    ("train.py", 'clip = min(1.0, config.max_grad_norm / (norm + 1e-6))', 'clip = 1.0', "data"),
+    ("train.py", 'loss = loss_sum / tokens_per_step', 'loss = loss_sum / len(batch.x) / config.seq_len', "data processes"),
+    ("train.py", 'optimizer.update(run.optimizer_step + 1, learning_rate, clip)', 'optimizer.update(step, learning_rate, clip)', "adafactor"),
+    ("train.py", 'learning_rate = learning_rate_at(step, config)', 'learning_rate = learning_rate_at(step - 1, config)', "adafactor"),
+    ("train.py", 'run.loss_scale.step_done()', 'pass', "survival::test_a_continued_run_keeps_its_loss_scale"),
+
+    # Evaluation: which bytes, which targets, which context.
+    ("train.py", '.encode("utf-8"))\n\n\n@torch', ')\n\n\n@torch', "data"),
+    ("train.py", 'data.val_text[data.val_ends[0] : end]', 'data.val_text[:end]', "data"),
+    ("train.py", 'end = data.val_ends[count_sequences(data.val, seq_len) * seq_len]', 'end = data.val_ends[-1]', "data"),
+    ("train.py", '(new_nats + nats) / math.log(2) / num_bytes', '(new_nats + nats) / num_bytes', "data"),
+    ("train.py", '"val_loss": (new_nats + nats) / (new_count + count)', '"val_loss": nats / count', "data"),
+    ("train.py", '"val_loss_new_words": new_nats / max(new_count, 1)', '"val_loss_new_words": new_nats / max(count, 1)', "data"),
+    ("train.py", 'begin = bisect.bisect_left(ends, middle)', 'begin = first', "data"),
+    ("train.py", 'if end > middle - start else -100', 'if True else -100', "data"),
+    ("train.py", 'return encoding.ids[:-1], targets[1:]', 'return encoding.ids[1:], targets[1:]', "data"),
+    ("train.py", 'return [data.bos_id, *targets[:-1]], targets', 'return [targets[0], *targets[:-1]], targets', "data"),
+    ("train.py", 'targets + [-100] * (width', 'targets + [0] * (width', "data"),
+    ("train.py", 'total += losses.double().sum().cpu()', 'total = losses.double().sum().cpu()[None]', "data"),
+    ("train.py", 'y, base_only=True)', 'y)', "data"),
+    ("train.py", 'range(start, min(start + micro_batch_size, end))', 'range(start, start + micro_batch_size)', "data processes"),
+    ("train.py", 'new += [token >= first_new_id for token in ids[len(tokenizer.encode(prompt).ids) :]]', 'new += [token >= first_new_id for token in ids]', "records"),
+    ("train.py", 'if record["val_loss"] > uniform:', 'if False:', "data"),
+    ("train.py", 'self.best_val_loss = min(self.best_val_loss, record["val_loss"])', 'self.best_val_loss = record["val_loss"]', "survival::test_the_last_step_is_saved_and_an_evaluated_one_only_if_it_is_the_best"),
+
+    # Records and progress.
+    ("train.py", 'if record["val_loss"] < best:', 'if record["val_loss"] > best:', "records"),
+    ("train.py", 'if c.isprintable() or c == "\\n" else', 'if True else', "records"),
+    ("train.py", 'less = 100 * (1 - trained / base)', 'less = 100 * (trained / base - 1)', "records"),
+    ("train.py", 'seconds = (end - step) * self.seconds["step"]', 'seconds = end * self.seconds["step"]', "records"),
+    ("train.py", 'self.seconds["step"] = statistics.median(self.recent)', 'self.seconds["step"] = max(self.recent)', "records"),
+    ("train.py", 'write_text(self.folder / "metrics.jsonl", "".join(self.lines))', 'pass', "survival::test_n_steps_kill_n_steps_equal_2n"),
+    ("train.py", '(self.step % self.config.log_every == 0 or self.is_done())', 'self.step % self.config.log_every == 0', "train_cli::test_lines_come_every_log_every_steps"),
+
+    # Starting, continuing, stopping.
+    ("train.py", 'FileLock(run_dir / ".lock").acquire(timeout=0)', 'contextlib.nullcontext()', "survival::test_a_second_training_of_a_run_is_refused_and_disturbs_nothing"),
+    ("train.py", 'if not folder.parent.is_dir():', 'if False:', "survival::test_a_durable_folder_that_takes_nothing_is_found_before_anything_is_loaded"),
+    ("train.py", 'file.write(b"wake2vec")', 'pass', "survival::test_a_durable_folder_that_takes_nothing_is_found_before_anything_is_loaded"),
+    ("train.py", 'if fresh and worker.rank == 0:\n        start_over(config)', 'if False:\n        start_over(config)', "survival::test_fresh_keeps_the_old_run_aside_in_both_folders"),
+    ("train.py", 'if sentry is None or sentry.step < config.max_steps or not settings.exists():', 'if True:', "survival::test_a_finished_run_keeps_its_settings"),
+    ("train.py", 'if not path.name.startswith("old-") and path.name != ".lock":', 'if path.name != ".lock":', "survival::test_fresh_keeps_the_old_run_aside_in_both_folders survival::test_fresh_moves_everything_and_only_when_the_new_run_can_start"),
+    ("train.py", 'problems.append(lexicon_change(path / "words.txt", words.words))', 'pass', "survival::test_a_changed_lexicon_is_named_in_words_and_other_changes_beside_it"),
+    ("train.py", 'problems.append("corpus: its text is not', '("corpus: its text is not', "survival::test_a_changed_lexicon_is_named_in_words_and_other_changes_beside_it train_cli::test_what_continuing_refuses"),
+    ("train.py", 'if field.metadata["changes_run"] and before != new[field.name]:', 'if False:', "survival::test_each_key_of_a_changed_config"),
+    ("train.py", 'before = old.get(field.name, field.metadata.get("before"))', 'before = old.get(field.name)', "survival::test_a_save_of_the_old_format_is_continued"),
+    ("train.py", 'if name not in tensors or tensors[name].shape != tensor.shape:', 'if False:', "survival::test_a_save_whose_rows_do_not_fit_the_run_is_refused_by_name"),
+    ("train.py", 'sentry.step + (sentry.path.parent != local) if sentry else 0', '0', "survival::test_damaged_local_saves_never_replace_their_copies survival::test_a_start_mends_the_durable_copy_of_what_it_continues_from"),
+    ("train.py", 'set_aside(folders, sentry)', 'pass', "survival::test_a_step_by_name_and_what_was_newer"),
+    ("train.py", '"loss_scale": dataclasses.asdict(self.loss_scale),', '"loss_scale": {},', "survival::test_a_continued_run_keeps_its_loss_scale"),
+    ("train.py", 'LossScale(**state.get("loss_scale", {}))', 'LossScale()', "survival::test_a_continued_run_keeps_its_loss_scale"),
+    ("train.py", '"optimizer_step": self.optimizer_step,', '"optimizer_step": self.step,', "adafactor"),
+    ("train.py", 'best_val_loss=state.get("best_val_loss") or math.inf', 'best_val_loss=math.inf', "survival::test_n_steps_kill_n_steps_equal_2n"),
+    ("train.py", 'base_bits_per_byte=state.get("base_bits_per_byte"),', 'base_bits_per_byte=None,', "survival::test_n_steps_kill_n_steps_equal_2n survival::test_a_run_killed_after_any_steps_equals_a_straight_one"),
+    ("train.py", 'step=state.get("step", 0), optimizer', 'step=0, optimizer', "survival::test_n_steps_kill_n_steps_equal_2n"),
+    ("train.py", 'or run.is_best() or run.is_done() or stopping:', 'or run.is_done() or stopping:', "survival::test_the_save_of_the_lowest_held_out_loss_is_made_and_kept"),
+    ("train.py", 'or run.is_best() or run.is_done() or stopping:', 'or run.is_best() or run.is_done():', "survival::test_a_stop_signal_at_any_moment_leaves_a_sentry"),
+    ("train.py", 'or run.is_best() or run.is_done() or stopping:', 'or run.is_best() or stopping:', "survival::test_the_last_step_is_saved_and_an_evaluated_one_only_if_it_is_the_best"),
+    ("train.py", 'run.writer.check()', 'pass', "survival::test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next_one"),
+    ("train.py", 'self.__exit__()  # a second', '# a second', "train_cli notebook survival"),
+    ("train.py", 'run.writer.finish()', 'run.writer.finish_local()', "survival::test_a_durable_folder_in_trouble"),
+    ("train.py", 'if fresh and step is not None:', 'if False:', "survival::test_fresh_is_said_as_on_the_command_line_too_and_never_with_a_step"),
+    ("train.py", 'fresh = fresh or "--fresh" in overrides', 'pass', "survival::test_fresh_is_said_as_on_the_command_line_too_and_never_with_a_step"),
+    ("train.py", 'and not installed_version("tensorboard"):', 'and False:', "survival::test_tensorboard_without_its_package_is_refused_before_anything_is_loaded"),
+    ("train.py", 'keys += ["max_steps", "eval_every", "save_every"]', 'pass', "processes"),
+]
+# fmt: on
+
+
+def start(number: int, folder: Path) -> int | str:
+    """Make the fault in a copy of the repository and start its tests -> process id, or why not."""
+    script, old, new, *tests = FAULTS[number]
+    text = (ROOT / script).read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        return f"stale: the text stands {text.count(old)} times in {script}"
+    ast.parse(text.replace(old, new))
+    ignored = shutil.ignore_patterns(".*", "runs", "old-*")
+    shutil.copytree(ROOT, folder / "copy", ignore=ignored)
+    (folder / "copy" / script).write_text(text.replace(old, new), encoding="utf-8")
+    if process := os.fork():
+        return process
+    run_tests(folder, (tests[0] if tests else TESTS[script]).split())
+
+
+def run_tests(folder: Path, names: list[str]) -> None:
+    """Run tests in the copy, in a process group of their own, and end this process."""
+    import pytest
+
+    os.setpgid(0, 0)
+    signal.alarm(SECONDS)
+    os.chdir(folder / "copy")
+    out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    files = [f"tests/test_{name.replace('::', '.py::', 1)}" for name in names]
+    files = [file if "::" in file else f"{file}.py" for file in files]
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'temporary'}"]
+    status = pytest.main([*options, *files])
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def verdict(status: int, folder: Path) -> str:
+    """Say what the tests' exit status and output mean."""
+    if os.WIFSIGNALED(status):
+        return "noticed: the tests hang"
+    if os.waitstatus_to_exitcode(status) == 0:
+        return "SURVIVED"
+    lines = (folder / "out").read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return f"noticed: {failed[0].split(' - ')[0] if failed else 'no test could run'}"
+
+
+def try_faults(numbers: list[int], jobs: int) -> dict[int, str]:
+    """Try each fault, `jobs` at the same time, and print what came of it -> number: verdict."""
+    waiting, running, verdicts = list(numbers), {}, {}
+    with tempfile.TemporaryDirectory(prefix="mutate_", ignore_cleanup_errors=True) as root:
+        while waiting or running:
+            if waiting and len(running) < jobs:
+                number = waiting.pop(0)
+                folder = Path(root, str(number))
+                folder.mkdir()
+                started = start(number, folder)
+                if isinstance(started, int):
+                    running[started] = number, folder
+                    continue
+                verdicts[number] = started
+            else:
+                process, status = os.wait()
+                number, folder = running.pop(process)
+                verdicts[number] = verdict(status, folder)
+                shutil.rmtree(folder, ignore_errors=True)
+            script, old, new, *_ = FAULTS[number]
+            print(f"{number:3} {script:20} {old!r} -> {new!r}: {verdicts[number]}", flush=True)
+    return verdicts
+
+
+def main(arguments: argparse.Namespace) -> int:
+    numbers = [i for i, fault in enumerate(FAULTS) if arguments.only in (None, fault[0])]
+    random.Random(0).shuffle(numbers)
+    sys.path.insert(0, str(ROOT / "tests"))
+    for library in (*LIBRARIES, *importlib.import_module("forked").LIBRARIES):
+        importlib.import_module(library)
+    verdicts = try_faults(numbers[: arguments.count], arguments.jobs)
+    survivors = sorted(i for i in verdicts if verdicts[i] == "SURVIVED")
+    stale = [i for i in verdicts if verdicts[i].startswith("stale")]
+    print(f"\n{len(verdicts)} faults, {len(survivors)} survived, {len(stale)} stale")
+    print("| script | fault | why it may survive |\n|---|---|---|")
+    for i in survivors:
+        script, old, new, *_ = FAULTS[i]
+        print(f"| {script} | `{old}` -> `{new}` | {EXPECTED.get((script, old), 'UNEXPLAINED')} |")
+    unexplained = [i for i in survivors if FAULTS[i][:2] not in EXPECTED]
+    return 1 if unexplained or stale else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("count", nargs="?", type=int, help="how many faults; default: all")
+    parser.add_argument("--only", metavar="SCRIPT", help="faults of one script")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at the same time")
+    sys.exit(main(parser.parse_args()))
