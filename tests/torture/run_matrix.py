@@ -30,7 +30,7 @@ import env_shim
 # needs NVIDIA's packages besides (looked up 2026-11-22); the CPU wheel to be had is 2.13.0.
 TORCH = "torch==2.13.0"
 PARALLEL = ["-n", "2", "--dist", "loadfile"]  # as the README says; two files at a time
-TEST_TOOLS = ["pytest", "pytest-xdist", "peft==0.21.2", "ipykernel", "nbclient"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "peft==0.21.2", "ipykernel", "nbclient"]
 # transformers 5.0.0 is Colab's 2026.02 image; bitsandbytes 0.49 is where CPU weights are repacked.
 MIDDLE = {"transformers": "5.0.0", "accelerate": "1.12.0", "bitsandbytes": "0.49.1"}
 
