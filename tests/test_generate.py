@@ -227,7 +227,8 @@ def test_the_best_save_by_name(run: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(run, copy)
     for step, loss in ((40, 4.0), (60, 4.5)):
         marker = copy / "snapshots" / f"step_{step:06d}" / "state.json"
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"val_loss": loss}))
+        state = json.loads(marker.read_text()) | {"val_loss": loss}
+        marker.write_text(json.dumps(state | {"sha256": recover.state_hash(state)}))
     assert generate(copy, PROMPT, step="best", **SHORT) == reference(run, step=40)
     main("export", str(copy), str(tmp_path / "x"), "--format", "rows", "--step", "best")
     assert "step 40 as rows: " in capsys.readouterr().out
