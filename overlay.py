@@ -16,12 +16,12 @@ rows S of the same shape; if the model ties its head to its embedding, S is R.
     embedding of id i    E[i]  if i < V,  else R[i - V]
     logits of state h    [ h W^T , h S^T ]                                  V + N numbers
 
-Some models do more with their products: logits = cap(scale (h W^T + bias)), and `HeadFormula` says
-how. Nothing else is trained. The gradient of S is made inside the loss. The gradient of R is the
-gradient of the body's input embeddings, taken at the positions of new words. The file has this
-order: rows and look-up, loss, one micro-batch, Adafactor, what rows share, first values, and last
-the models that cannot be served. A 14B step of 2,048 tokens spends 27 of its 330 ms in the loss
-(one H100, 2026-11-22, docs/measurements.md).
+R and S are all that is trained. Some models scale or cap their logits, or add a bias; `HeadFormula`
+says how. The loss makes the gradient of S itself. The body's backward pass ends at its input
+embeddings, and what arrives there at a new word's positions is the gradient of that word's row in
+R. The file has this order: rows and look-up, loss, one micro-batch, Adafactor, what rows share,
+first values, and last the models that cannot be served. A 14B step of 2,048 tokens spends 27 of its
+330 ms in the loss (one H100, 2026-11-22, docs/measurements.md).
 """
 
 import math
@@ -63,8 +63,8 @@ class WakeOverlay(nn.Module):
     table to the host: it is only looked up, so 20 MiB of rows a step cross the bus (2,048 tokens,
     H = 5,120) and 1.45 GiB of the card stay free.
 
-    body is the part of the model that holds its decoder `layers`: embeddings in, last hidden states
-    out. Gemma 3 4B and other models with a second input wrap such a body, which is trained on text.
+    body is the module that takes embeddings to last hidden states, through its decoder `layers`.
+    Models that also take pictures, such as Gemma 3 4B, have such a body for their text inside.
 
     Memory: 4 N H bytes for each row set, and 4 N H bytes for the one gradient buffer of both sets
     Raises: UserError if the model has an embedding or a head that cannot be served exactly

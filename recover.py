@@ -864,18 +864,25 @@ def export(
         loading = how_to_load(form, facts, words)
         card = model_card(sentry, config, loading, LIBRARIES[form])
         (part / "README.md").write_text(card, encoding="utf-8")
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in (path for pattern in STALE for path in out.glob(pattern)):
-            stale.unlink()
-        for name in (names := sorted(path.name for path in part.iterdir())):
-            sync(part / name)
-            (part / name).replace(out / name)
-        sync(out)
+        names = put_in_place(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"step {sentry.step:,} as {form}: {out}{checked}")
     if push:
         upload(out, names, push, f"Step {sentry.step:,} as {form}")
+
+
+def put_in_place(part: Path, out: Path) -> list[str]:
+    """Move an export's files into `out`, each on the disk before it gets its name -> the names."""
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (path for pattern in STALE for path in out.glob(pattern)):
+        stale.unlink()
+    names = sorted(path.name for path in part.iterdir())
+    for name in names:
+        sync(part / name)
+        (part / name).replace(out / name)
+    sync(out)
+    return names
 
 
 def how_to_load(form: str, facts: dict, words: SavedWords | None) -> str:
@@ -1013,15 +1020,22 @@ def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
         weight_map = {name: safetensors_name(shard) for name, shard in weight_map.items()}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(part / "model.safetensors.index.json", index)
+    vocab_size = first + sentry.state["num_new_tokens"]
+    write_model_settings(config, part, vocab_size, tied=base.tied and not separate)
+    return {"auto": auto_class(config).__name__}
+
+
+def write_model_settings(config: Config, part: Path, vocab_size: int, tied: bool) -> None:
+    """Write the base's config.json with the size of the longer tables, and copy its settings of
+    generation."""
     settings = read_json(base_file(config, "config.json"))
     text = settings.get("text_config", settings)  # a section of its own in Gemma 3 4B
-    text["vocab_size"] = first + sentry.state["num_new_tokens"]
+    text["vocab_size"] = vocab_size
     for section in (settings, text):
-        section["tie_word_embeddings"] = base.tied and not separate
+        section["tie_word_embeddings"] = tied
     write_json(part / "config.json", settings)
     if (generation := base_file(config, "generation_config.json")).is_file():
         shutil.copy(generation, part)
-    return {"auto": auto_class(config).__name__}
 
 
 def longer_table(table: Tensor, new_rows: Tensor, first_new_id: int) -> Tensor:
@@ -1072,6 +1086,14 @@ def load_stored(config: Config, name: str | Path, **settings):
     return auto_class(config).from_pretrained(name, dtype="auto", **settings)
 
 
+def untie_head(model) -> None:
+    """Give the head a copy of the table that it shares with the embedding, as the card's UNTIE."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for settings in (model.config, model.config.get_text_config()):
+        settings.tie_word_embeddings = False
+
+
 def load_export(form: str, part: Path, sentry: Sentry, config: Config):
     """Load an export as its card says."""
     if form == "merged":
@@ -1081,10 +1103,7 @@ def load_export(form: str, part: Path, sentry: Sentry, config: Config):
     first, num = sentry.state["first_new_id"], sentry.state["num_new_tokens"]
     model = load_stored(config, config.model_name, revision=config.model_revision)
     if is_tied(model) and "output_rows" in trained_rows(sentry):
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        for settings in (model.config, model.config.get_text_config()):
-            settings.tie_word_embeddings = False
+        untie_head(model)
     model.resize_token_embeddings(first + num, mean_resizing=False)
     return PeftModel.from_pretrained(model, part)
 
@@ -1369,11 +1388,12 @@ def generate(
     prompts = asked_prompts() if prompt is None else [prompt]
     try:
         overlay = trained_overlay(sentry, config)
+        base_words = base_tokenizer(config) if base_model_too else None
         for prompt in prompts:
             if base_model_too:
                 print("---- the untouched model")
                 with untouched_model(overlay) as model:
-                    print_text(model, base_tokenizer(config), math.inf, prompt, seed, **how)
+                    print_text(model, base_words, math.inf, prompt, seed, **how)
                 print(f"---- step {sentry.step:,}")
             model, first = overlay.model, new.first_new_id
             text = print_text(model, new.tokenizer, first, prompt, seed, **how)

@@ -8,17 +8,17 @@
 
 A step takes effective_batch_size sequences of seq_len tokens through the frozen body, in
 micro-batches. The loss over base tokens and new words gives gradients to the new rows alone. The
-gradients are clipped and shared among kin, and Adafactor moves the rows. Every position of every
-sequence has one target and counts once, so the loss is nats per predicted token, whatever the
-micro-batch. Every random choice follows from seed and step. overlay.py has the
-formulas and machine.py says what makes them fast. `train_steps`, near the end, is the loop. A 14B
-step of 2,048 tokens takes 0.30 s on an H100 of which 14 GiB are used (2026-11-26,
-docs/measurements.md).
+gradients are clipped and shared among kin, and Adafactor moves the rows. The loss is the mean over
+all predicted tokens of the step, in nats, so it does not depend on the micro-batch. Every random
+choice follows from seed and step. overlay.py has the formulas and machine.py says what makes them
+fast. `train_steps`, near the end, is the loop. A 14B step of 2,048 tokens takes 0.30 s on an H100
+of which 14 GiB are used (2026-11-26, docs/measurements.md).
 
-RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png, samples.md, snapshots/
-(whole saves on the local disk) and sentries/ (the same files by hard links; or sentry_dir gets
-verified copies). A save is made every save_every steps, at the end, and at every evaluation with a
-new lowest held-out loss. Each folder keeps the newest keep_sentries and the one of the lowest loss.
+RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png and samples.md. Saves
+go to RUN_DIR/snapshots on the local disk. From there they are copied to sentry_dir and verified; if
+none is given, RUN_DIR/sentries gets them as hard links, which take no room. A save is made every
+save_every steps, at the end, and at every evaluation with a new lowest held-out loss. Each folder
+keeps the newest keep_sentries and the one of the lowest loss.
 """
 
 import os
@@ -60,8 +60,8 @@ if "UserError" not in globals():
     )  # fmt: skip
 if "NewWords" not in globals():
     from extend_tokenizer import (
-        LEAD, NewWords, Tokenizer, base_tokenizer, encode_pieces, extend, format_report,
-        new_words_hash, pieces, plan_new_words, read_corpus, save_new_words,
+        LEAD, NewWords, encode_pieces, extend, format_report, new_words_hash, pieces,
+        plan_new_words, read_corpus, save_new_words,
     )  # fmt: skip
 
 SAMPLE_TOKENS = 48  # length of the continuation of each prompt
@@ -240,8 +240,8 @@ def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: 
 def build_overlay(config: Config, worker: Worker, words: NewWords, continuing: bool) -> WakeOverlay:
     """Load the model and put the overlay into it, with the rows of step 0.
 
-    A run that continues starts with zeros instead, because load_rows then copies the rows of its
-    save over them. Computing the means of the 14B would take 3 s on two CPU cores.
+    A run that continues gets rows of zeros here, and load_rows fills them from its save. To compute
+    first values that nobody needs would take 3 s for the 14B on two CPU cores.
     """
     model = load_model(config, worker)
     check_model(model, words.first_new_id)
@@ -385,14 +385,14 @@ def held_out_loss(
 
 @torch.no_grad()
 def base_bits_per_byte(
-    overlay: WakeOverlay, data: Data, config: Config, worker: Worker, micro_batch_size: int
-) -> float:
+    overlay: WakeOverlay, data: Data, config: Config, worker: Worker, micro_batch_size: int,
+    tokenizer: Tokenizer,
+) -> float:  # fmt: skip
     """Measure the bits per byte of the unextended base model, with its own tokenizer.
 
     Each sequence here is the text of one held-out sequence of ours, so both models see the same
     characters of context.
     """
-    tokenizer = base_tokenizer(config)
     ends, seq_len = data.val_ends.tolist(), config.seq_len
     num_sequences = count_sequences(data.val, seq_len)
     total = torch.zeros(1, dtype=torch.float64)
@@ -836,8 +836,11 @@ def find_sentry(
     folders, identity = save_folders(config), run_identity(config, words, data)
     wait = f"still waiting for {folders[1]}: the newest sentry may be there, so nothing starts yet"
     with notice_if_slow(worker, wait):
-        refuse_another_run(folders, step, config, words, identity)
-        sentry, skipped = pick_sentry(folders, identity, step)
+        try:
+            sentry, skipped = pick_sentry(folders, identity, step)
+        except UserError:
+            explain_another_run(folders, step, config, words, identity)
+            raise
     if sentry and (problems := changed_keys(sentry.state.get("config", {}), config)):
         raise UserError(*problems, PUT_BACK)
     for reason in skipped:
@@ -852,12 +855,12 @@ def find_sentry(
     return sentry
 
 
-def refuse_another_run(
+def explain_another_run(
     folders: list[Path], step: int | None, config: Config, words: NewWords, identity: dict
 ) -> None:
     """Raise a UserError that names all that the newest save does not share with this run.
 
-    If an older save shares all, that one counts, and `pick_sentry` passes over the newer ones.
+    If any save shares all, it is damaged, and what `pick_sentry` said of it stands.
     """
     newest = []
     for number, path in sentry_folders(*folders):
@@ -1012,10 +1015,10 @@ class Run:
 
     def evaluate_base(self) -> None:
         """Measure the untouched model, once in a run, and have it continue the prompts."""
-        self.base_bits_per_byte = base_bits_per_byte(*self.parts())
+        base = self.words.base
+        self.base_bits_per_byte = base_bits_per_byte(*self.parts(), base)
         if self.records and self.config.prompts:
             with untouched_model(self.overlay) as model:
-                base = base_tokenizer(self.config)
                 texts, _ = sample(model, base, math.inf, self.config, self.worker)
             self.records.add_samples(sample_section("The untouched model", texts))
         barrier(self.worker)

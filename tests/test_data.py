@@ -272,7 +272,7 @@ def test_the_base_models_bits_are_transformers_own_on_the_same_characters(tmp_pa
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].double()
         nats += functional.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
-    found = train.base_bits_per_byte(overlay, data, config, CPU, 4)
+    found = train.base_bits_per_byte(overlay, data, config, CPU, 4, words.base)
     assert found == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 

@@ -7,7 +7,6 @@ makes them). The reference is model.generate without streaming.
 """
 
 import io
-import json
 import os
 import pty
 import re
@@ -24,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_export import make_run
-from tiny_models import FIRST_NEW_ID, make_tokenizer
+from tiny_models import FIRST_NEW_ID, edit_state, make_tokenizer
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -226,9 +225,7 @@ def test_the_best_save_by_name(run: Path, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     for step, loss in ((40, 4.0), (60, 4.5)):
-        marker = copy / "snapshots" / f"step_{step:06d}" / "state.json"
-        state = json.loads(marker.read_text()) | {"val_loss": loss}
-        marker.write_text(json.dumps(state | {"sha256": recover.state_hash(state)}))
+        edit_state(copy / "snapshots" / f"step_{step:06d}", val_loss=loss)
     assert generate(copy, PROMPT, step="best", **SHORT) == reference(run, step=40)
     main("export", str(copy), str(tmp_path / "x"), "--format", "rows", "--step", "best")
     assert "step 40 as rows: " in capsys.readouterr().out

@@ -7,8 +7,6 @@ fill up, fail and hang at recover.py's fault points, where that can be said with
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 import resource
@@ -22,6 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_models import edit_state
 
 import recover
 from config import UserError, run_command
@@ -55,11 +54,7 @@ def reason(path: Path, expected: dict = IDENTITY) -> str:
 def forge(path: Path, data: bytes) -> None:
     """Put other bytes into rows.safetensors, with a size and a hash that agree."""
     (path / "rows.safetensors").write_bytes(data)
-    state = json.loads((path / "state.json").read_text())
-    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    state["files"]["rows.safetensors"] = record
-    state["sha256"] = recover.state_hash(state)
-    (path / "state.json").write_text(json.dumps(state))
+    edit_state(path)
 
 
 @pytest.fixture

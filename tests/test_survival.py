@@ -27,7 +27,7 @@ import yaml
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_settings, wait_for
+from tiny_models import edit_state, tiny_settings, wait_for
 
 import extend_tokenizer
 import recover
@@ -226,10 +226,7 @@ def test_damaged_local_saves_never_replace_their_copies(settings, tmp_path, monk
         tensors = load_file(path / "rows.safetensors")
         save_file({n: torch.full_like(t, torch.nan) for n, t in tensors.items()}, path / "rows.new")
         (path / "rows.new").replace(path / "rows.safetensors")
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state["files"]["rows.safetensors"] = recover.file_record(path / "rows.safetensors")
-        state["sha256"] = recover.state_hash(state)
-        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        edit_state(path)
     run(settings, tmp_path / "run", sentry_dir=str(durable), keep_sentries=9)
     assert last_save(tmp_path / "run") == last_save(tmp_path / "drive", "saves") == straight
     assert {path: path.read_bytes() for path in good} == good
@@ -493,9 +490,7 @@ def test_a_continued_run_keeps_its_loss_scale(settings, tmp_path):
     for path in (tmp_path / "run").glob("s*/step_000002/state.json"):
         state = json.loads(path.read_text(encoding="utf-8"))
         assert state["loss_scale"] == {"value": 65536.0, "good_steps": 2}
-        state["loss_scale"] = {"value": 1024.0, "good_steps": 198}
-        state["sha256"] = recover.state_hash(state)
-        path.write_text(json.dumps(state), encoding="utf-8")
+        edit_state(path.parent, loss_scale={"value": 1024.0, "good_steps": 198})
     run(settings, tmp_path / "run", max_steps=4, **how)
     state = last_save(tmp_path / "run", step=4)["state"]
     assert state["loss_scale"] == {"value": 2048.0, "good_steps": 200}
@@ -507,10 +502,7 @@ def test_a_save_whose_rows_do_not_fit_the_run_is_refused_by_name(settings, tmp_p
         tensors = load_file(path / "rows.safetensors")
         tensors["output_rows"] = tensors["output_rows"][1:].clone()
         save_file(tensors, path / "rows.safetensors")
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state["files"]["rows.safetensors"] = recover.file_record(path / "rows.safetensors")
-        state["sha256"] = recover.state_hash(state)
-        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        edit_state(path)
     with pytest.raises(UserError) as caught:
         run(settings, tmp_path / "run")
     path = tmp_path / "run" / "snapshots" / "step_000002"
@@ -722,10 +714,7 @@ def test_a_start_mends_the_durable_copy_of_what_it_continues_from(settings, tmp_
     if spoiled == "rows":
         (save / "rows.safetensors").write_bytes(b"")
     elif spoiled == "words":
-        state = json.loads((save / "state.json").read_text(encoding="utf-8"))
-        state["words_sha256"] = "0"
-        state["sha256"] = recover.state_hash(state)
-        (save / "state.json").write_text(json.dumps(state))
+        edit_state(save, words_sha256="0")
     before = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns
     run(settings, tmp_path / "run", sentry_dir=str(durable))
     after = save.stat().st_ino, (save / "state.json").stat().st_mtime_ns

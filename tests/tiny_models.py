@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from machine import StepBatch, Worker
 from overlay import WakeOverlay, is_tied, output_mode
+from recover import file_record, state_hash
 
 CPU = Worker(0, 1, torch.device("cpu"), torch.float32, "a CPU")  # the only process of a run
 NUM_NEW = 20
@@ -333,3 +334,11 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     """Wait until metrics.jsonl of a run in progress shows the step."""
     metrics, line = run_dir / "metrics.jsonl", f'"step": {step}, "kind": "train"'
     wait_for(lambda: metrics.exists() and line in metrics.read_text(), "the run got not so far")
+
+
+def edit_state(path: Path, **changes) -> None:
+    """Change what a sentry says of itself; sizes and hashes agree with its files again."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8")) | changes
+    state["files"]["rows.safetensors"] = file_record(path / "rows.safetensors")
+    state["sha256"] = state_hash(state)
+    (path / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -54,6 +54,7 @@ from overlay import (
     LossScale, Optimizer, WakeOverlay, dense_weight, is_tied, output_mode, share_gradient_,
     sharing_matrices, starting_rows, subtoken_mean,
 )  # fmt: skip
+from recover import untie_head
 from train import (
     Data, base_bits_per_byte, held_out_loss, learning_rate_at, load_data, load_model, prepare_step,
     split_text, versions,
@@ -240,13 +241,6 @@ class Bench:
     base_bits: float | None = None  # the base model's bits per byte
 
 
-def untie(model: nn.Module) -> None:
-    head, table = nn.Linear(1, 1, bias=False), model.get_input_embeddings().weight
-    head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
-    model.set_output_embeddings(head)
-    model.config.tie_word_embeddings = False
-
-
 def say(**values) -> None:
     print(json.dumps(values), flush=True)
 
@@ -283,7 +277,7 @@ def run(name: str, recipe: dict, bench: Bench) -> None:
     data = make_data(recipe, config, words)
     overlay = make_overlay(recipe, config, bench.model, words)
     if bench.base_bits is None:
-        bench.base_bits = base_bits_per_byte(overlay, data, config, worker, 16)
+        bench.base_bits = base_bits_per_byte(overlay, data, config, worker, 16, words.base)
         say(recipe="base model, nothing trained", bits_per_byte=round(bench.base_bits, 4))
     if "lora_rank" in recipe:
         overlay.uninstall()
@@ -361,7 +355,7 @@ def train_lora(
             optimizer.step()
             optimizer.zero_grad()
         if step * 3 % config.max_steps < 3 and step * 3 // config.max_steps == len(bits):
-            bits.append(round(base_bits_per_byte(overlay, data, config, worker, 16), 4))
+            bits.append(round(base_bits_per_byte(overlay, data, config, worker, 16, words.base), 4))
     model.unload()
     overlay.model.requires_grad_(False)
     return bits
@@ -388,7 +382,7 @@ def main(argv: list[str]) -> None:
     worker = find_worker(config)
     bench = Bench(config, worker, load_model(config, worker))
     if arguments.untie:
-        untie(bench.model)
+        untie_head(bench.model)
     say(device=device_name(worker), dtype=str(worker.dtype), untied=arguments.untie, **versions())
     for name in arguments.recipes or RECIPES:
         run(name, RECIPES[name], bench)

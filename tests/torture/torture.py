@@ -33,13 +33,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bitsandbytes  # noqa: F401  imported once, here, for all forks
 import matplotlib.backends.backend_agg  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
+from tiny_models import edit_state
 
 import recover
 import train
@@ -59,12 +60,6 @@ SPOILED = "spoiled_by_torture"  # a file that marks what was damaged on purpose
 ONE_RUN_SECONDS = 180  # a run that takes longer hangs
 
 # ---- Damages: each takes the folder of a whole sentry --------------------------------------------
-
-
-def edit_state(path: Path, **changes) -> None:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8")) | changes
-    state["sha256"] = recover.state_hash(state)
-    (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
 def truncate(path: Path, rng: random.Random) -> None:
@@ -92,9 +87,7 @@ def put_nan(path: Path, rng: random.Random) -> None:
     place = begin + 4 * rng.randrange((len(data) - begin) // 4)
     data[place : place + 4] = b"\0\0\xc0\x7f"
     rows.write_bytes(data)
-    files = json.loads((path / "state.json").read_text(encoding="utf-8"))["files"]
-    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit_state(path, files=files | {"rows.safetensors": record})
+    edit_state(path)
 
 
 def remove_file(path: Path, rng: random.Random) -> None:
