@@ -166,13 +166,14 @@ def divisors(number: int) -> list[int]:
 
 
 # Type of a field -> what it accepts, in words; the pattern of the lower-case text; what reads it.
+WHOLE = r"[+-]?\d{1,18}"  # int() raises an error of its own beyond 4,300 digits
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 FIELD_TYPES = {
     str: ("text", "(?s).+", str),
     str | None: ("null or text", "(?s).+", str),
     bool: ("true or false", "true|yes|on|false|no|off", lambda t: t in ("true", "yes", "on")),
-    int: ("a whole number", r"[+-]?\d+", int),
-    int | str: ("auto or a whole number", r"auto|[+-]?\d+", lambda t: t if t == "auto" else int(t)),
+    int: ("a whole number", WHOLE, int),
+    int | str: ("auto or a whole number", rf"auto|{WHOLE}", lambda t: t if t == "auto" else int(t)),
     float: ("a number", NUMBER, float),
     float | None: ("null or a number", NUMBER, float),
     tuple[str, ...]: ("text or a list of texts", None, None),
@@ -214,7 +215,7 @@ def converted(field: dataclasses.Field, value):
         return result
     if math.isinf(result):  # float("1e400") is infinity
         raise wrong
-    too_low = result < limits.get("low", result) or result <= limits.get("above", result - 1)
+    too_low = result < limits.get("low", result) or result <= limits.get("above", -math.inf)
     if too_low or result > limits.get("high", result):
         raise wrong
     return result
@@ -335,6 +336,10 @@ def run_command(command, *arguments, **options) -> int:
         return 1
     except KeyboardInterrupt:  # in training this is the second Ctrl-C, after StopRequest
         print("stopped by SIGINT", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads the output has ended, as `| head` does
+        # Python writes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

@@ -19,7 +19,19 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
+
+
+def end_at_ctrl_c() -> None:
+    """Have Ctrl-C end this process with one line, for as long as its imports last.
+
+    They take seconds. An exception would show a traceback, or torch (2.13.0) would swallow it and
+    leave numpy broken. A notebook's process must go on, so there nothing changes.
+    """
+    if "IPython" not in sys.modules:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
+
 
 # ---- What is installed ---------------------------------------------------------------------------
 

@@ -10,21 +10,19 @@ Measured: 44,018 words onto Qwen2.5's 151,665 tokens take 13 s, of which loading
 transformers, to compare the ids, takes 4 s (2 CPU cores, 2026-11-26).
 """
 
-import os
-import signal
-import sys
-
-# The imports take seconds. An exception by Ctrl-C would show a traceback, or be swallowed by torch
-# (2.13.0), after which numpy is broken. In a notebook the process must go on.
 if __name__ == "__main__" and "__file__" in globals():
-    if "IPython" not in sys.modules:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
+    from env_shim import end_at_ctrl_c
+
+    end_at_ctrl_c()  # while the other imports last
 
 import bisect
 import dataclasses
 import hashlib
 import json
 import re
+import shutil
+import signal
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -212,15 +210,21 @@ def base_files(config: Config) -> dict[str, str]:
     If there is no tokenizer.json, transformers makes one; importing transformers takes 3 s.
     Raises: UserError if the model or its tokenizer is not to be found.
     """
-    name, folder = config.model_name, Path(config.model_name).expanduser()
-    if not folder.is_dir():
-        if name.count("/") > 1 or name.startswith((".", "/", "~")):
-            raise UserError(f"model_name {name!r}: no such folder")
-        folder = hub_folder(name, config.model_revision)
+    folder = base_folder(config)
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise UserError(f"model_name {name!r}: {folder} holds no tokenizer")
+        raise UserError(f"model_name {config.model_name!r}: {folder} holds no tokenizer")
     files = plain_files(folder)
     return files if "tokenizer.json" in files else files | converted_files(folder, config)
+
+
+def base_folder(config: Config) -> Path:
+    """Return the model's own folder, or that of its tokenizer files in the hub's local cache."""
+    name, folder = config.model_name, Path(config.model_name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"model_name {name!r}: no such folder")
+    return hub_folder(name, config.model_revision)
 
 
 def plain_files(folder: Path) -> dict[str, str]:
@@ -407,9 +411,6 @@ def plan_new_words(config: Config, texts: list[str], fresh: bool = False) -> New
     if matching == "both":
         forms += second_forms(base, vocab, forms, texts, space)
     tokenizer = extended_tokenizer(base.to_str(), size, forms, matching)
-    new_ids = [tokenizer.token_to_id(form.content) for form in forms]
-    if new_ids != [*range(size, size + len(forms))]:
-        raise UserError(f"model_name {config.model_name!r}: the ids of its tokenizer have holes")
     with_bos, without = base.encode("a").ids, base.encode("a", add_special_tokens=False).ids
     return NewWords(
         first_new_id=size, num_words=num_words, words=[form.word for form in forms], forms=forms,
@@ -572,12 +573,26 @@ def extended_tokenizer(
     tokenizer = Tokenizer.from_str(base_json)
     if is_sentencepiece(tokenizer):
         return whole_word_tokenizer(base_json, first_new_id, forms)
+    if tokenizer.get_vocab_size() < first_new_id:  # there are ids without a token
+        tokenizer = Tokenizer.from_str(json.dumps(with_entries(base_json, first_new_id, forms)))
     # In one call: one by one 44,000 words took 35 minutes.
     tokenizer.add_tokens([
         AddedToken(f.content, single_word=f.place == WHOLE_WORD, normalized=matching == "plain")
         for f in forms
     ])  # fmt: skip
     return tokenizer
+
+
+def with_entries(base_json: str, first_new_id: int, forms: list[Form]) -> dict:
+    """Put the special tokens and the forms into the vocabulary itself -> the tokenizer.json.
+
+    Other tokens get new ids at each loading, counted from the number of entries: a special token
+    would get the id of a new word, and where ids have holes, a new word would fall into one.
+    """
+    spec = json.loads(base_json)
+    spec["model"]["vocab"] |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+    spec["model"]["vocab"] |= {form.content: i for i, form in enumerate(forms, first_new_id)}
+    return spec
 
 
 def any_of(words: list[str]) -> str:
@@ -598,11 +613,7 @@ def whole_word_tokenizer(base_json: str, first_new_id: int, forms: list[Form]) -
     one token, because the vocabulary holds it. The text between the cuts is spelled by the base's
     merges as before.
     """
-    spec = json.loads(base_json)
-    # Special tokens must be in the model's vocabulary too. Loading would otherwise give them ids
-    # after its end, which are those of the last new words.
-    spec["model"]["vocab"] |= {token["content"]: token["id"] for token in spec["added_tokens"]}
-    spec["model"]["vocab"] |= {form.content: i for i, form in enumerate(forms, first_new_id)}
+    spec = with_entries(base_json, first_new_id, forms)
     spec["model"]["ignore_merges"] = True
     # Two spaces before a word are one entry of the base and must stay together; the word after them
     # matches without a space.
@@ -951,6 +962,26 @@ def words_table(new: NewWords) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save_for_llama_cpp(config: Config, new: NewWords, folder: Path) -> None:
+    """Write what llama.cpp's converter reads of a SentencePiece-style tokenizer that has scores.
+
+    The scores are in the base's tokenizer.model; without one, llama.cpp finds few of the new words.
+    The new words are in added_tokens.json. Transformers reads neither, because it finds a
+    tokenizer.json, and the base's added tokens in tokenizer_config.json. add_prefix_space is for
+    llama.cpp alone: if true, it puts a space after each new word too.
+    """
+    scores = base_folder(config) / "tokenizer.model"
+    if is_sentencepiece(new.base) and scores.is_file():
+        shutil.copyfile(scores, folder / scores.name)
+        texts = [form.content.replace(SPACE, " ") for form in new.forms]
+        ids = {text: i for i, text in enumerate(texts, new.first_new_id)}
+        write_json(folder / "added_tokens.json", ids)
+        added = json.loads(new.files["tokenizer.json"])["added_tokens"]
+        added = {str(token.pop("id")): token for token in added}
+        more = {"added_tokens_decoder": added, "add_prefix_space": False}
+        write_json(folder / "tokenizer_config.json", tokenizer_settings(new.files) | more)
+
+
 def check_saved(config: Config, folder: Path, new: NewWords) -> None:
     """Load the tokenizer that was written, alone and through transformers, and compare the new ids.
 
@@ -994,6 +1025,7 @@ def save_new_words(config: Config, new: NewWords) -> None:
                 write_text(folder / template, new.files[template])
             write_json(folder / "report.json", new.report)
             write_text(folder / "words.tsv", words_table(new))
+            save_for_llama_cpp(config, new, folder)
             check_saved(config, folder, new)
         if config.lexicon == "from_corpus" and not lexicon.exists():
             write_text(lexicon, "".join(f"{word}\n" for word in new.lexicon.words))

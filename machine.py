@@ -7,10 +7,10 @@
 overlay.py says what a step computes. This file says how: in which micro-batches, with which layers
 recomputed in backward or parked on the host, with which pieces fused, as CUDA graphs or not, on one
 GPU or several. None of these choices changes the result beyond rounding. What replaces a piece of
-the model is proved on the model itself before it is used. On an H100 of which 14 GiB are used, a
-14B step of 2,048 tokens takes 0.30 s this way (2026-11-26). It took 0.34 s with nothing parked,
-0.43 s also without fused pieces and graphs, and 5.8 s or more if one sequence at a time goes
-through the model (2026-11-22, docs/measurements.md).
+the model is proved on the model itself before it is used. On an H200 of which 14 GiB are used, a
+14B step of 2,048 tokens takes 0.29 s this way, and 0.33 s with nothing parked (2026-11-26). It took
+0.43 s on an H100 without fused pieces and graphs too, and 5.8 s or more if one sequence at a time
+goes through the model (2026-11-22, docs/measurements.md).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -49,10 +50,10 @@ SPARE_GIB, GRAPH_SPARE_GIB = 0.5, 1.2
 # to 1,200 short parallel sections, whose threads wait for each other: beside two other programs a
 # step took 1.6 to 7.4 s on two threads and 0.3 to 0.5 s on one; alone, 0.16 and 0.20 s.
 SMALL_HIDDEN_SIZE = 256
-# Activations that wait on the host: tensors below PARKED_BYTES stay on the card. Memory is pinned
-# PINNED_BLOCK bytes at a time, because torch pins powers of two. HOST_SPARE_GIB stay free, so that
-# the host never swaps. Copies to the host may be COPIES_BEHIND layers behind the computation.
-PARKED_BYTES, PINNED_BLOCK, HOST_SPARE_GIB, COPIES_BEHIND = 2**20, 2**30, 2.0, 3
+# Activations that wait on the host: smaller tensors than PARKED_BYTES stay on the card, and
+# HOST_SPARE_GIB stay free, so that the host never swaps. Copies may be COPIES_BEHIND layers behind
+# the computation.
+PARKED_BYTES, HOST_SPARE_GIB, COPIES_BEHIND = 2**20, 2.0, 3
 # A process that does not reach a step's sum within this time is taken for dead.
 STEP_TIMEOUT = datetime.timedelta(minutes=3)
 # The others wait at most this long for a process that downloads the model or has a slow disk.
@@ -374,11 +375,20 @@ def bytes_per_value(config: Config) -> int:
 
 def model_without_weights(config: Config) -> torch.nn.Module:
     """Make the base model on the meta device: it has every shape and no data. Raises: UserError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     shape, auto = read_model_config(config), auto_class(config)
     vars(shape).pop("quantization_config", None)  # no quantizer is asked for shapes
+    text, model_class = shape.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
+    text_alone = getattr(model_class, "config_class", None) is type(text) is not type(shape)
     try:
         with torch.device("meta"):  # 48 layers of the 14B take no memory this way
-            return auto.from_config(shape, trust_remote_code=config.trust_remote_code)
+            if text_alone:  # from_pretrained knows these, Llama 4 for one; from_config of 4.57 no
+                model = model_class(text)
+            else:
+                model = auto.from_config(shape, trust_remote_code=config.trust_remote_code)
+        model.tie_weights()  # transformers 5.0.0 ties nothing on the meta device by itself
+        return model
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
 
@@ -389,7 +399,7 @@ def memory_plan(
     """Estimate the GiB that training takes on a card, by part.
 
     'total' is the peak that the allocator would report. 'host memory' is not on the card: it is the
-    save buffers and an untied input table.
+    save buffers and an untied input table. What max_host_gib caps comes on top of it.
     model: a model without weights, whose shapes are counted. Activations are counted as those of
     decoder layers with a gated MLP, all recomputed unless gradient_checkpointing is false.
     """
@@ -508,6 +518,7 @@ def dry_run(config: Config, first_new_id: int, num_new: int) -> None:
     for card, usable in (("T4", 14.0), ("L4", 21.8), ("A100 40 GB", 39.0), ("H100 80 GB", 78.5)):
         fits = [size for size in sizes if plans[size]["total"] <= usable]
         print(f"{card:11} {f'fits, micro_batch_size {max(fits)}' if fits else 'does not fit'}")
+    print("whether the model's logits can be served is proved at the start of a run")
 
 
 # ---- Recomputing and parking layers --------------------------------------------------------------
@@ -584,6 +595,21 @@ class DequantizedOnce(torch.autograd.Function):
         return grad @ ctx.saved_tensors[0], None
 
 
+def pinned_memory(num_bytes: int) -> Tensor:
+    """Make host memory that a card copies from and to by itself, unpinned when it is collected.
+
+    torch's own pinned memory has a power of two as its size: up to twice what is needed.
+
+    Raises: RuntimeError if the host cannot give or pin so much
+    """
+    memory, cuda = torch.empty(num_bytes, dtype=torch.uint8), torch.cuda.cudart()
+    if num_bytes:
+        place = memory.data_ptr()
+        torch.cuda.check_error(cuda.cudaHostRegister(place, num_bytes, 0))
+        weakref.finalize(memory, cuda.cudaHostUnregister, place)
+    return memory
+
+
 class Parking:
     """This carries activations of some layers to the host in forward, and back in backward.
 
@@ -594,18 +620,25 @@ class Parking:
     way. Autograd gets the same bits back.
     """
 
-    def __init__(self, body: torch.nn.Module, sizes: tuple[float, float, float, float]):
+    def __init__(self, overlay: WakeOverlay, sizes: tuple[float, float, float], room: float):
         """sizes in bytes: a layer's activations; its input; what the bus carries while a layer
-        computes; room on the host"""
-        self.sizes, self.stream, self.blocks = sizes, torch.cuda.Stream(), []
-        self.weights = {weight.untyped_storage().data_ptr() for weight in body.parameters()}
+        computes. room: bytes that the host has for them"""
+        self.num_layers, self.sizes, self.room = len(overlay.layers), sizes, room
+        self.stream = torch.cuda.Stream()
+        self.weights = {p.untyped_storage().data_ptr() for p in overlay.body.parameters()}
+        num_parked, (layer, inputs, _) = self.takes(self.num_layers), sizes
+        waiting = num_parked * layer + (self.num_layers - num_parked) * inputs
+        self.host = pinned_memory(int(waiting) if num_parked else 0)
 
     def takes(self, count: int) -> int:
-        """Say how many of `count` layers can be parked, if the inputs of the others wait too."""
-        layer, inputs, carried, room = self.sizes
-        # A tenth of the room may be lost at the ends of blocks.
-        room = room // PINNED_BLOCK * PINNED_BLOCK * 0.9
-        left = min(count * carried, room) - count * inputs
+        """Say how many of the first `count` layers can be parked, if the inputs of the others wait.
+
+        The bus carries while these layers compute. COPIES_BEHIND layers may then still be on their
+        way, and get the time of the later layers, which keep their activations.
+        """
+        layer, inputs, carried = self.sizes
+        can_carry = min(count * carried + COPIES_BEHIND * layer, self.num_layers * carried)
+        left = min(can_carry, self.room) - count * inputs
         return max(min(int(left / (layer - inputs)), count), 0)
 
     def park(self, forward: Callable, begins_pass: bool) -> Callable:
@@ -615,11 +648,14 @@ class Parking:
             if not torch.is_grad_enabled():
                 return forward(*arguments, **keywords)
             if begins_pass:
-                self.layers, self.events, self.used = [], [], 0
-            self.layers.append([])
+                self.layers, self.used = [], 0
+            layer = types.SimpleNamespace(number=len(self.layers), notes=[])
+            self.layers.append(layer)
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 output = forward(*arguments, **keywords)
-            self.carry_out()
+            layer.copied = self.copy([(note.host, note.card) for note in layer.notes])
+            if layer.number >= COPIES_BEHIND:
+                self.leave_card(self.layers[layer.number - COPIES_BEHIND])
             return output
 
         return call
@@ -632,27 +668,24 @@ class Parking:
         if host is None:
             return tensor
         note = types.SimpleNamespace(
-            layer=len(self.layers) - 1, host=host, card=tensor.as_strided(host.shape, (1,)),
+            layer=self.layers[-1], host=host, card=tensor.as_strided(host.shape, (1,)),
             shape=(tensor.shape, tensor.stride()),
         )  # fmt: skip
-        self.layers[-1].append(note)
+        note.layer.notes.append(note)
         return note
 
     def host_memory(self, tensor: Tensor) -> Tensor | None:
         """Find a place for a large activation without gaps; None for others and without room."""
-        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
-        is_weight = tensor.untyped_storage().data_ptr() in self.weights
-        if tensor.nbytes < PARKED_BYTES or reach != tensor.numel() or is_weight:
+        if tensor.nbytes < PARKED_BYTES or tensor.untyped_storage().data_ptr() in self.weights:
             return None
-        left = -self.used % PINNED_BLOCK
-        self.used += left if left < tensor.nbytes else 0
-        number, start = divmod(self.used, PINNED_BLOCK)
-        if number == len(self.blocks):
-            if (number + 1) * PINNED_BLOCK > self.sizes[-1]:
-                return None
-            self.blocks.append(torch.empty(PINNED_BLOCK, dtype=torch.uint8, pin_memory=True))
-        self.used += tensor.nbytes + -tensor.nbytes % 512  # a place for any dtype
-        return self.blocks[number][start : start + tensor.nbytes].view(tensor.dtype)
+        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
+        if reach != tensor.numel():
+            return None
+        start, end = self.used, self.used + tensor.nbytes
+        if end > len(self.host):
+            return None
+        self.used = end + -end % 512  # a place for any dtype
+        return self.host[start:end].view(tensor.dtype)
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "torch.cuda.Event":
         """Begin to copy the second of each pair to the first -> an event at the end of that."""
@@ -662,17 +695,11 @@ class Parking:
                 target.copy_(source, non_blocking=True)
         return self.stream.record_event()
 
-    def carry_out(self) -> None:
-        """Begin to copy the activations of the layer that is done, and free those of another."""
-        self.events.append(self.copy([(note.host, note.card) for note in self.layers[-1]]))
-        if len(self.layers) > COPIES_BEHIND:
-            self.leave_card(len(self.layers) - 1 - COPIES_BEHIND)
-
-    def leave_card(self, number: int) -> None:
-        torch.cuda.current_stream().wait_event(self.events[number])
-        for note in self.layers[number]:
+    def leave_card(self, layer: types.SimpleNamespace) -> None:
+        torch.cuda.current_stream().wait_event(layer.copied)
+        for note in layer.notes:
             note.card = None
-        self.events[number] = None
+        layer.copied = None
 
     def end_forward(self, forward: Callable) -> Callable:
         """Wrap the forward of the last layer: wait for all copies; fetch when backward begins."""
@@ -680,29 +707,28 @@ class Parking:
         def call(*arguments, **keywords):
             output = forward(*arguments, **keywords)
             if torch.is_grad_enabled():
-                for number in range(max(len(self.layers) - COPIES_BEHIND, 0), len(self.layers)):
-                    self.leave_card(number)
+                for layer in self.layers[-COPIES_BEHIND:]:
+                    self.leave_card(layer)
                 hidden_states = output[0] if isinstance(output, tuple) else output
-                hidden_states.register_hook(lambda _: self.fetch(len(self.layers) - 1))
+                hidden_states.register_hook(lambda _: self.fetch(self.layers[-1]))
             return output
 
         return call
 
-    def fetch(self, number: int) -> None:
+    def fetch(self, layer: types.SimpleNamespace) -> None:
         """Begin to copy a layer's activations back, unless that has begun."""
-        if not self.events[number]:
-            for note in self.layers[number]:
+        if not layer.copied:
+            for note in layer.notes:
                 note.card = torch.empty_like(note.host, device="cuda")
-            copied = self.copy([(note.card, note.host) for note in self.layers[number]])
-            self.events[number] = copied
+            layer.copied = self.copy([(note.card, note.host) for note in layer.notes])
 
     def unpack(self, note: object) -> Tensor:
-        """Give autograd its tensor back."""
+        """Give autograd its tensor back, and begin to fetch those of the layer below."""
         if isinstance(note, Tensor):
             return note
-        for number in (note.layer, max(note.layer - 1, 0)):
-            self.fetch(number)
-        torch.cuda.current_stream().wait_event(self.events[note.layer])
+        for layer in (note.layer, self.layers[max(note.layer.number - 1, 0)]):
+            self.fetch(layer)
+        torch.cuda.current_stream().wait_event(note.layer.copied)
         tensor, note.card = note.card, None
         return tensor.as_strided(*note.shape)
 
@@ -1034,6 +1060,7 @@ class StepPlan:
     parking: Parking | None = None  # of layers that are neither recomputed nor on the card
     remarks: list[str] = dataclasses.field(default_factory=list)
     captured_peak_bytes: int = 0  # peak of the capture; a replay shows none
+    eval_micro_batch_size: int = 0  # smaller if little memory is left beside the graphs
 
 
 def fit_to_machine(
@@ -1056,8 +1083,11 @@ def fit_to_machine(
         if config.gradient_checkpointing == "auto":
             plan.num_recomputed_layers = 0
         recompute_layers(overlay.layers, plan.num_recomputed_layers)
-        return plan
-    fit_to_card(plan, sizes, overlay, batches[0], config)
+    else:
+        fit_to_card(plan, sizes, overlay, batches[0], config)
+    plan.eval_micro_batch_size = plan.micro_batch_size
+    while worker.device.type == "cuda" and not evaluation_fits(plan, overlay, batches[0]):
+        plan.eval_micro_batch_size //= 2
     return plan
 
 
@@ -1072,22 +1102,22 @@ def fit_to_card(
     use_graph = use_graph and overlay.dtype == torch.bfloat16
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     limit = min((config.max_gpu_gib or math.inf) * GIB, free)
-    rest = limit, use_graph, config.gradient_checkpointing != "auto"
-    remarks, parking = plan.remarks.copy(), None
-    use_graph = choose_plan(plan, sizes, num_layers, measure, *rest)
-    size = plan.micro_batch_size
-    if plan.num_recomputed_layers and config.gradient_checkpointing == "auto":
-        parking = find_parking(overlay, batch, size, config)
+    is_fixed = config.gradient_checkpointing != "auto"
+    graphs_fit = choose_plan(plan, sizes, num_layers, measure, limit, use_graph, is_fixed)
+    if plan.num_recomputed_layers and not is_fixed:
+        size, parking = plan.micro_batch_size, find_parking(plan, overlay, batch, config)
         measure = functools.partial(measure, parking=parking)
-    if parking and parking.takes(num_layers) and measure(size, num_layers):
-        plan.parking, plan.num_recomputed_layers, plan.remarks = parking, num_layers, remarks
-        use_graph = choose_plan(plan, [size], num_layers, measure, *rest)
-        num_parked = parking.takes(plan.num_recomputed_layers)
-        plan.remarks.append(f"{num_parked} of these parked on the host instead")
+        if parking and parking.takes(num_layers) and measure(size, num_layers):
+            plan.parking, plan.num_recomputed_layers = parking, num_layers
+            graphs_fit = choose_plan(plan, [size], num_layers, measure, limit, use_graph, is_fixed)
+            num_parked = parking.takes(plan.num_recomputed_layers)
+            plan.remarks.append(f"{num_parked} of these parked on the host instead")
     recompute_layers(overlay.layers, plan.num_recomputed_layers, plan.parking)
     free_cached_memory()
-    if use_graph:
+    if graphs_fit:
         capture(plan, overlay, batch)
+    elif use_graph:
+        plan.remarks.append(f"not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more")
 
 
 def choose_plan(
@@ -1105,9 +1135,7 @@ def choose_plan(
     if not plan.micro_batch_size:
         advice = "lower seq_len" if sizes[-1] == 1 else "set a smaller one, or auto"
         raise UserError(f"the GPU cannot hold micro_batch_size {sizes[-1]}; {advice}")
-    if use_graph and peak + GRAPH_SPARE_GIB * GIB > limit:
-        use_graph = False
-        plan.remarks.append(f"not as CUDA graphs: they would need {GRAPH_SPARE_GIB} GiB more")
+    use_graph = use_graph and peak + GRAPH_SPARE_GIB * GIB <= limit
     limit -= (GRAPH_SPARE_GIB if use_graph else SPARE_GIB) * GIB  # what stays free
     if fixed_layers or not num_layers:
         return use_graph
@@ -1122,37 +1150,47 @@ def choose_plan(
     return use_graph
 
 
-def find_parking(overlay: WakeOverlay, batch: StepBatch, size: int, config: Config) -> Parking:
-    """Measure what the bus carries, and ask what the host has left beside the buffers of a save."""
+def find_parking(
+    plan: StepPlan, overlay: WakeOverlay, batch: StepBatch, config: Config
+) -> Parking | None:
+    """Measure what the bus carries, and pin what the host has left beside the buffers of a save.
+
+    None, and a remark, if the host cannot pin it.
+    """
     import psutil
 
-    tokens = size * batch.x.shape[1]
+    size = plan.micro_batch_size
     saves = 2 * (overlay.input_rows.nbytes + overlay.logit_rows.nbytes)  # torch pins powers of two
     room = psutil.virtual_memory().available - saves - HOST_SPARE_GIB * GIB
     room /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this host
     room = min(room, math.inf if config.max_host_gib is None else config.max_host_gib * GIB)
-    layer_bytes = kept_layer_bytes(overlay.model, tokens, config)
-    inputs = batch.base_embeds[:size].nbytes
-    carried = bus_bytes(overlay, batch, size)
-    return Parking(overlay.body, (layer_bytes, inputs, carried, room))
+    layer = kept_layer_bytes(overlay.model, size * batch.x.shape[1], config)
+    sizes = layer, batch.base_embeds[:size].nbytes, bus_bytes(overlay, batch, size)
+    try:
+        return Parking(overlay, sizes, room)
+    except RuntimeError as error:
+        plan.remarks.append(f"nothing parked: {one_line(error)}")
+        return None
 
 
 def bus_bytes(overlay: WakeOverlay, batch: StepBatch, size: int) -> float:
     """Count the bytes that the bus carries to the host while one layer computes in forward."""
     recompute_layers(overlay.layers, len(overlay.layers))
     embeds = overlay.embed(batch.x[:size], batch.base_embeds[:size]).detach().requires_grad_()
-    card = torch.empty(PINNED_BLOCK // 4, dtype=torch.uint8, device="cuda")
+    card = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     host = torch.empty_like(card, device="cpu", pin_memory=True)
-    begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    for _ in range(2):  # the first time warms up
+    seconds_ratios = []
+    for _ in range(3):  # the first time warms up, and a busy host makes a pass look longer
+        begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         begin.record()
-        host.copy_(card, non_blocking=True)  # while it lasts, Python launches the pass
+        for _ in range(32):  # while they last, Python launches the pass: that does not count
+            host.copy_(card, non_blocking=True)
         copied.record()
         overlay.body(inputs_embeds=embeds, use_cache=False)
         end.record()
         end.synchronize()
-    seconds_ratio = copied.elapsed_time(end) / begin.elapsed_time(copied)
-    return len(host) * seconds_ratio / len(overlay.layers)
+        seconds_ratios.append(copied.elapsed_time(end) / begin.elapsed_time(copied))
+    return 32 * len(host) * min(seconds_ratios) / len(overlay.layers)
 
 
 def measure_peak(
@@ -1164,11 +1202,28 @@ def measure_peak(
     free_cached_memory()
     try:
         pass_results(overlay, batch, size, forward_backward)
-    except RuntimeError as error:  # the card is full, or the host has no memory to pin
-        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated()
+
+
+@torch.no_grad()
+def evaluation_fits(plan: StepPlan, overlay: WakeOverlay, batch: StepBatch) -> bool:
+    """Try an evaluation of the plan's size, while the graphs hold their memory (14B: 2.8 GiB).
+
+    The trial has twice as many tokens, because the base tokenizer makes more of the same text. A
+    size of 1 counts as fitting: if an evaluation fails all the same, the training step shrinks too.
+    """
+    part = slice(plan.eval_micro_batch_size)
+    embeds, labels = batch.base_embeds[part].repeat(2, 1, 1), batch.y[part].repeat(2, 1)
+    try:
+        hidden = overlay.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        overlay.loss(hidden, labels)
+    except torch.OutOfMemoryError:
+        return plan.eval_micro_batch_size == 1
+    finally:
+        free_cached_memory()
+    return True
 
 
 def run_step(
@@ -1238,7 +1293,7 @@ def smaller_if_needed(
                     " seq_len"
                 ) from None
         # The same sequences in smaller parts: the step's result changes by rounding alone.
-        plan.micro_batch_size = max(size // 2, 1)
+        plan.micro_batch_size = plan.eval_micro_batch_size = max(size // 2, 1)
         plan.num_recomputed_layers, plan.captured_peak_bytes = num_layers, 0
         plan.graph = plan.parking = None
         recompute_layers(overlay.layers, num_layers)

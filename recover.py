@@ -19,15 +19,10 @@ the one with the lowest held-out loss. In a notebook, generate("RUN_DIR", "promp
 text; if there is no prompt, it asks for one after another.
 """
 
-import os
-import signal
-import sys
-
-# The imports take seconds. An exception by Ctrl-C would show a traceback, or be swallowed by torch
-# (2.13.0), after which numpy is broken. In a notebook the process must go on.
 if __name__ == "__main__" and "__file__" in globals():
-    if "IPython" not in sys.modules:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
+    from env_shim import end_at_ctrl_c
+
+    end_at_ctrl_c()  # while the other imports last
 
 import argparse
 import contextlib
@@ -38,10 +33,14 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -821,11 +820,14 @@ head = model.get_output_embeddings()  # the new words have output rows of their 
 head.weight = torch.nn.Parameter(head.weight.detach().clone())
 for part in (model.config, model.config.get_text_config()):
     part.tie_word_embeddings = False"""
-# SentencePiece-style or not -> what llama.cpp makes of an export (tests/bench/check_gguf.py).
+# What llama.cpp makes of an export (tests/bench/check_gguf.py).
 LLAMA_CPP = {
-    True: """llama.cpp finds few of the new words, because its tokenizer for this kind of vocabulary
-knows no whole words: use transformers or what builds on it.""",
-    False: "llama.cpp finds the new words too, but also inside longer words.",
+    "byte-level": "llama.cpp finds the new words too, but also inside longer words.",
+    "with scores": """llama.cpp finds the new words too, but also inside longer words. It puts no
+space before a text: where transformers does, as for Llama-2, begin a prompt with one.""",
+    "without scores": """llama.cpp finds few of the new words, because the base has no
+tokenizer.model, from which it takes the scores of its entries: use transformers or what builds on
+it.""",
 }
 # What an export may have left in a folder that --force writes into; a loader would mix them up.
 STALE = ("model*.safetensors*", "adapter_*", "rows.*", "config.json", "generation_config.json")
@@ -861,7 +863,7 @@ def export(
         facts = {"folder": push or out.name} | write(sentry, config, part)
         checked = "" if form == "rows" else f" ({check_export(form, part, sentry, config)})"
         shutil.copy(sentry.path / "words.txt", part)
-        loading = how_to_load(form, facts, words)
+        loading = how_to_load(form, facts, words, part)
         card = model_card(sentry, config, loading, LIBRARIES[form])
         (part / "README.md").write_text(card, encoding="utf-8")
         names = put_in_place(part, out)
@@ -885,11 +887,16 @@ def put_in_place(part: Path, out: Path) -> list[str]:
     return names
 
 
-def how_to_load(form: str, facts: dict, words: SavedWords | None) -> str:
+def how_to_load(form: str, facts: dict, words: SavedWords | None, part: Path) -> str:
     """Write the card's section on loading; `words` is None for rows, which have no tokenizer."""
     tokenizer = words.load_with if words else ""
     text = LOADING[facts.get("loading", form)].format(tokenizer=tokenizer, **facts)
-    return f"{text}\n\n{LLAMA_CPP[is_sentencepiece(words.tokenizer)]}" if form == "merged" else text
+    if form != "merged":
+        return text
+    kind = "byte-level"
+    if is_sentencepiece(words.tokenizer):
+        kind = "with scores" if (part / "tokenizer.model").is_file() else "without scores"
+    return f"{text}\n\n{LLAMA_CPP[kind]}"
 
 
 @contextlib.contextmanager
@@ -1034,6 +1041,13 @@ def write_model_settings(config: Config, part: Path, vocab_size: int, tied: bool
     for section in (settings, text):
         section["tie_word_embeddings"] = tied
     write_json(part / "config.json", settings)
+    # llama.cpp converts a Phi-4 by the class of its tokenizer. Beside a config.json of this type
+    # transformers 4.57.6 and 5.24.0 take tokenizer.json as it is, whatever the class.
+    named = base_file(config, "tokenizer_config.json")
+    base_class = read_json(named).get("tokenizer_class") if named.is_file() else None
+    if (settings.get("model_type"), base_class) == ("phi3", "GPT2Tokenizer"):
+        own = read_json(part / named.name)
+        write_json(part / named.name, own | {"tokenizer_class": base_class})
     if (generation := base_file(config, "generation_config.json")).is_file():
         shutil.copy(generation, part)
 
@@ -1067,9 +1081,10 @@ def check_export(form: str, part: Path, sentry: Sentry, config: Config) -> str:
     base = load_stored(config, config.model_name, revision=config.model_revision).eval()
     overlay = WakeOverlay(base, first, rows["input_rows"], rows.get("output_rows"))
     ids = overlay.spread_ids(16)  # (1, 16)
-    found = found_by(input_ids=ids).logits.float()  # before the overlay, as they may share parts
+    # Before the overlay is installed, because the two models may share parts.
+    found = found_by(input_ids=ids, use_cache=False).logits.float()
     overlay.install()
-    wanted = base(input_ids=ids).logits.float()
+    wanted = base(input_ids=ids, use_cache=False).logits.float()
     known = wanted.isfinite()  # all but the ids that the base's table has no row for
     difference = (wanted - found)[known].abs().max() / wanted[known].abs().max()
     if not difference <= (1e-4 if overlay.dtype == torch.float32 else 2e-2):
@@ -1305,18 +1320,31 @@ def mark_new_words(ids: list[int], tokenizer: Tokenizer, first_new_id: float) ->
     return "".join(pieces)
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Encode a prompt in Unicode's composed form, in which lexicon and corpus were read."""
+    return tokenizer.encode(unicodedata.normalize("NFC", prompt)).ids
+
+
 def continue_prompt(model, tokenizer: Tokenizer, prompt: str, seed: int, **how) -> list[int]:
     """Continue a prompt with the seed's own random numbers -> ids, those of the prompt too.
 
     how: what else model.generate takes
     """
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)  # (1, tokens)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, tokens)
     if not ids.numel():
         raise UserError(f"prompt: {prompt!r} has no tokens; give some text")
     with torch.random.fork_rng([model.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=0, **how)
+        try:
+            out = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=0, **how)
+        except (torch.OutOfMemoryError, OSError):
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            raise UserError(
+                f"{type(model).__name__} cannot continue a prompt ({type(error).__name__}:"
+                f" {one_line(error)}); train it with prompts=null"
+            ) from error
     return out[0].tolist()
 
 
@@ -1525,13 +1553,11 @@ def step_or_best(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
-def main(*argv: str) -> None:
-    """Run one command. Raises: UserError, also for what the disk refuses."""
-    commands = {
-        "export": export, "generate": generate, "neighbours": neighbours, "import": import_seed,
-    }  # fmt: skip
-    argv = [{"neighbors": "neighbours"}.get(text, text) for text in argv[:1]] + list(argv[1:])
-    command = argv[0] if argv and argv[0] in commands else ""
+COMMANDS = {"export": export, "generate": generate, "neighbours": neighbours, "import": import_seed}
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """Make the parser of one of COMMANDS; "" lists the saves."""
     name, style = f"recover.py {command}".strip(), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=style)
     if command == "import":
@@ -1560,9 +1586,18 @@ def main(*argv: str) -> None:
         parser.add_argument("--step", type=step_or_best, help="a step, or best (the newest)")
     if command:
         parser.add_argument("--base", metavar="FOLDER", help="the base model, where it moved")
-    arguments = vars(parser.parse_intermixed_args(argv[1:] if command else argv))
+    return parser
+
+
+def main(*argv: str) -> None:
+    """Run one command. Raises: UserError, also for what the disk refuses."""
+    argv = [{"neighbors": "neighbours"}.get(text, text) for text in argv[:1]] + list(argv[1:])
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else ""
+    arguments = vars(command_parser(command).parse_intermixed_args(argv))
     try:
-        commands.get(command, list_saves)(**arguments)
+        COMMANDS.get(command, list_saves)(**arguments)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, a folder that may not be written
         raise UserError(one_line(error)) from error
 

@@ -11,7 +11,7 @@ micro-batches. The loss over base tokens and new words gives gradients to the ne
 gradients are clipped and shared among kin, and Adafactor moves the rows. The loss is the mean over
 all predicted tokens of the step, in nats, so it does not depend on the micro-batch. Every random
 choice follows from seed and step. overlay.py has the formulas and machine.py says what makes them
-fast. `train_steps`, near the end, is the loop. A 14B step of 2,048 tokens takes 0.30 s on an H100
+fast. `train_steps`, near the end, is the loop. A 14B step of 2,048 tokens takes 0.29 s on an H200
 of which 14 GiB are used (2026-11-26, docs/measurements.md).
 
 RUN_DIR gets config.yaml, tokenizer/, metrics.jsonl, loss_table.md, loss.png and samples.md. Saves
@@ -21,15 +21,10 @@ save_every steps, at the end, and at every evaluation with a new lowest held-out
 keeps the newest keep_sentries and the one of the lowest loss.
 """
 
-import os
-import signal
-import sys
-
-# The imports take seconds. An exception by Ctrl-C would show a traceback, or be swallowed by torch
-# (2.13.0), after which numpy is broken. In a notebook the process must go on.
 if __name__ == "__main__" and "__file__" in globals():
-    if "IPython" not in sys.modules:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by SIGINT\n") and 1))
+    from env_shim import end_at_ctrl_c
+
+    end_at_ctrl_c()  # while the other imports last
 
 import bisect
 import collections
@@ -40,9 +35,12 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import statistics
+import sys
 import tempfile
 import textwrap
 import threading
@@ -115,7 +113,7 @@ if "Worker" not in globals():
 if "SentryWriter" not in globals():
     from recover import (
         MARKER, NOT_KNOWN, Sentry, SentryWriter, by_held_out_loss, continue_prompt, export_problems,
-        in_notebook, load_file, loading_line, mark_new_words, pick_sentry, read_marker,
+        in_notebook, load_file, loading_line, mark_new_words, pick_sentry, prompt_ids, read_marker,
         sentry_folders, set_aside, untouched_model,
     )  # fmt: skip
 
@@ -447,7 +445,7 @@ def sample(
     for prompt in shown(config.prompts, "continuing the prompts", worker):
         ids = continue_prompt(model, tokenizer, prompt, config.seed, **how)
         texts.append(mark_new_words(ids, tokenizer, first_new_id))
-        new += [token >= first_new_id for token in ids[len(tokenizer.encode(prompt).ids) :]]
+        new += [token >= first_new_id for token in ids[len(prompt_ids(tokenizer, prompt)) :]]
     return texts, sum(new) / max(len(new), 1)
 
 
@@ -670,20 +668,20 @@ def what_bits_mean(trained: float, base: float) -> str:
     return f"bits per byte of held-out text: untouched {base:.3f}, trained {trained:.3f}: {meaning}"
 
 
-def closing_lines(run: "Run") -> str:
+def closing_lines(config: Config, step: int, records: Records) -> str:
     """Sum up a run: what was learnt, one text of both models, where all lies, how to go on."""
-    config, folder, last = run.config, shlex.quote(run.config.run_dir), run.evaluation
+    folder, last = shlex.quote(config.run_dir), records.last_evaluation()
     local, durable = save_folders(config)
     best = next((path.name for path in by_held_out_loss(local, durable)), "none")
     learnt = [what_bits_mean(last["val_bits_per_byte"], last["base_bits_per_byte"])]
-    for title, text in first_samples(run.records.samples):
+    for title, text in first_samples(records.samples):
         learnt.append(f"{title}: {textwrap.shorten(text, 300, placeholder=' ...')}")
     prompt = shlex.quote(config.prompts[0]) if config.prompts else '"a prompt"'
     return "\n".join([
         *(textwrap.fill(line, 79, subsequent_indent="    ") for line in learnt),
         f"in {folder}: loss.png, loss_table.md, samples.md",
         f"saves in {durable}, the best is {best}: --step best",
-        f"continue  python train.py {folder}/config.yaml max_steps={2 * run.step}",
+        f"continue  python train.py {folder}/config.yaml max_steps={2 * step}",
         f"generate  python recover.py generate {folder} {prompt}",
         f"export    python recover.py export {folder} OUT --format merged",
     ])  # fmt: skip
@@ -1011,7 +1009,7 @@ class Run:
         return smaller_if_needed(evaluate, self.plan, self.overlay, self.worker, where)
 
     def parts(self) -> tuple:
-        return self.overlay, self.data, self.config, self.worker, self.plan.micro_batch_size
+        return self.overlay, self.data, self.config, self.worker, self.plan.eval_micro_batch_size
 
     def evaluate_base(self) -> None:
         """Measure the untouched model, once in a run, and have it continue the prompts."""
@@ -1174,23 +1172,46 @@ def train_steps(run: Run, stop: StopRequest, progress: Progress) -> None:
             return
 
 
-def train_to_the_end(run: Run, stop: StopRequest) -> None:
-    """Make the first evaluation, run the loop, and wait until the last save is written."""
-    worker, config = run.worker, run.config
-    if stop.name and worker.world_size == 1:
-        return  # the signal came while the model was loaded
-    if run.is_done():
-        worker.say(f"step {run.step} of {config.max_steps}: nothing left to do; raise max_steps")
+def train_to_the_end(config: Config, worker: Worker, start: Start, stop: StopRequest) -> dict:
+    """Load the model, evaluate, run the loop, and wait until the last save is written."""
+    run = build_run(config, worker, start)
+    worker.say(heading(run))
     progress = Progress(worker, config, run.step)
     try:
-        if run.best_val_loss == math.inf:  # nothing evaluated yet: a new run, or an imported one
-            run.smaller_if_needed(run.evaluate_base)
-            progress.say(eval_line(progress.timed("evaluation", run.evaluate)))
-        train_steps(run, stop, progress)
+        # A signal while the model was loaded ends one process here; several must agree first.
+        if not (stop.name and worker.world_size == 1):
+            if (
+                run.best_val_loss == math.inf
+            ):  # nothing evaluated yet: a new run, or an imported one
+                run.smaller_if_needed(run.evaluate_base)
+                progress.say(eval_line(progress.timed("evaluation", run.evaluate)))
+            train_steps(run, stop, progress)
     finally:
         progress.close()
         if run.writer:
             run.writer.finish()
+    return sum_up(config, worker, run.step, run.records, stop)
+
+
+def nothing_left(config: Config, worker: Worker, start: Start, stop: StopRequest) -> dict:
+    """Say what a finished run came to, without loading its model."""
+    step = start.sentry.step
+    worker.say(f"step {step} of {config.max_steps}: nothing left to do; raise max_steps")
+    records, writer = open_records(config, start.sentry, worker)
+    if writer:
+        writer.finish()  # the durable folder gets what it lacks
+    return sum_up(config, worker, step, records, stop)
+
+
+def sum_up(
+    config: Config, worker: Worker, step: int, records: Records | None, stop: StopRequest
+) -> dict:
+    """Print what came of a run, unless it was stopped -> what `train` returns."""
+    if records and not stop.name:
+        worker.say(closing_lines(config, step, records))
+        records.show_texts()
+    evaluation = records.last_evaluation() if records else {}
+    return {**evaluation, "step": step, "stopped": stop.name}
 
 
 def check_options(config: Config, fresh: bool, step: int | None) -> None:
@@ -1233,15 +1254,13 @@ def train(
         if worker.rank > 0:
             start = prepare_start(config, worker, fresh, step)
         check_same_run(worker, shared_facts(config, start))
-        stop = held.enter_context(StopRequest())
-        run = build_run(config, worker, start)
-        worker.say(heading(run))
-        train_to_the_end(run, stop)
-        if run.records and not stop.name:
-            worker.say(closing_lines(run))
-            run.records.show_texts()
+        stop, saved = held.enter_context(StopRequest()), start.sentry
+        # An imported save has no evaluation yet, even if it has all its steps.
+        is_over = saved and saved.step >= config.max_steps and saved.state.get("best_val_loss")
+        end = nothing_left if is_over else train_to_the_end
+        result = end(config, worker, start, stop)
         leave_processes(worker)
-    return {**run.evaluation, "step": run.step, "stopped": stop.name}
+    return result
 
 
 def main(config_path: str, *overrides: str, fresh: bool = False, step: int | None = None) -> dict:

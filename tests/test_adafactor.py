@@ -342,8 +342,7 @@ def assert_rows_are_plain_pytorchs(config: Config, mode: str, first: int, rates,
 
 
 @pytest.mark.parametrize("mode", CASES)
-def test_a_run_equals_the_same_run_in_plain_pytorch(mode, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+def test_a_run_equals_the_same_run_in_plain_pytorch(mode, tmp_path, quick):
     config = tiny_run(mode, tmp_path, max_steps=4)
     train.train(config)
     rates = (0.5, 1.0, 0.75, 0.25)  # warm-up over half of the steps, then a cosine to 0 at step 5
@@ -351,9 +350,8 @@ def test_a_run_equals_the_same_run_in_plain_pytorch(mode, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", CASES)
-def test_an_imported_run_goes_on_at_its_step_with_new_statistics(mode, tmp_path, monkeypatch):
+def test_an_imported_run_goes_on_at_its_step_with_new_statistics(mode, tmp_path, quick):
     """It takes learning rate and data of steps 5 to 8, and Adafactor begins anew at step 1."""
-    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
     config = tiny_run(mode, tmp_path, max_steps=8)
     words = extend(config, read_corpus(config))
     save_new_words(config, words)

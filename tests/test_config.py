@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import runpy
 import signal
 import subprocess
 import sys
@@ -134,6 +135,7 @@ def test_what_other_tools_call_a_key_leads_to_it(name, key):
         ("micro_batch_size", "8", 8),
         ("trust_remote_code", "no", False),
         ("trust_remote_code", "On", True),
+        ("trust_remote_code", "yes", True),
         ("tensorboard", "true", True),
         ("gradient_checkpointing", "True", "true"),
         ("model_revision", "1.10", "1.10"),  # PyYAML: 1.1
@@ -193,6 +195,37 @@ def test_values_of_yaml_command_line_and_notebook(load, key, text, value):
 )  # fmt: skip
 def test_wrong_values(load, text, line):
     assert problems(load, text + "\n") == [line]
+
+
+# key -> just too low, the lowest, the highest, just too high.
+LIMITS = {
+    "lexicon_min_count": (0, 1, 10**12, None), "lexicon_min_base_tokens": (1, 2, 10**12, None),
+    "init_radius": (0, 1e-30, 1e30, None), "seq_len": (1, 2, 10**12, None),
+    "micro_batch_size": (0, 1, 16, None), "max_steps": (0, 1, 10**12, None),
+    "learning_rate": (0, 1e-30, 1e30, None), "warmup_ratio": (-0.01, 0, 1, 1.01),
+    "row_coupling": (-0.1, 0, 1e30, None), "kin_coupling": (-0.1, 0, 1e30, None),
+    "max_grad_norm": (0, 1e-30, 1e30, None), "log_every": (0, 1, 10**12, None),
+    "eval_every": (0, 1, 10**12, None), "save_every": (0, 1, 10**12, None),
+    "keep_sentries": (0, 1, 10**12, None), "val_fraction": (0, 1e-30, 0.5, 0.51),
+    "seed": (-1, 0, 10**9, 10**9 + 1), "max_gpu_gib": (0, 1e-30, 1e30, None),
+    "max_host_gib": (-0.1, 0, 1e30, None), "effective_batch_size": (0, 1, 10**12, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_a_number_may_be_as_low_and_as_high_as_its_limits_and_no_more(load, key):
+    below, lowest, highest, above = LIMITS[key]
+    for value in (lowest, highest):
+        assert getattr(load(f"{key}: {value}\n"), key) == value
+    for value in (below, above):
+        if value is not None:
+            (line,) = problems(load, f"{key}: {value}\n")
+            assert line.startswith(f"{key!r} is {str(value)!r}; allowed: ")
+
+
+def test_every_number_has_its_limits_in_the_table():
+    kinds = (int, int | str, float, float | None)
+    assert {field.name for field in dataclasses.fields(Config) if field.type in kinds} == {*LIMITS}
 
 
 def test_an_override_wins_and_is_given_once(load):
@@ -274,6 +307,18 @@ def test_an_interrupt_is_one_line_and_status_1(capsys):
     assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 
+def test_a_reader_that_ends_early_is_no_error_to_read_about():
+    code = (
+        "from config import run_command; raise SystemExit(run_command(print, 'a line\\n' * 10**5))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 SLOW_IMPORT = """
 import time
 print("importing", flush=True)
@@ -302,12 +347,10 @@ def test_an_interrupt_while_a_script_still_imports_is_one_line_too(script, tmp_p
 
 
 @pytest.mark.parametrize("script", ["config", "overlay", "machine"])
-def test_files_that_are_no_commands_say_what_they_are(script):
-    found = subprocess.run(
-        [sys.executable, f"{script}.py", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    assert found.stdout == source.split('"""')[1] + "\n" and found.returncode == 0
+def test_files_that_are_no_commands_say_what_they_are(script, capsys):
+    path = ROOT / f"{script}.py"
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out == path.read_text(encoding="utf-8").split('"""')[1] + "\n"
 
 
 def test_an_error_that_is_no_user_error_keeps_its_traceback():

@@ -177,7 +177,7 @@ def test_activations_come_back_from_the_host_bit_by_bit(settings, quantization, 
     overlay = train.build_overlay(config, machine.find_worker(config), words, continuing=False)
     machine.attend_causally(overlay.model)
     x = torch.randint(256, (64, 128), device="cuda", generator=seeded())
-    parking = machine.Parking(overlay.body, (3.0, 1.0, 2.0, 2.0 * machine.PINNED_BLOCK))
+    parking = machine.Parking(overlay, (2.0**29, 2.0**28, 2.0**28 * 1.5), 2.0**40)
     assert parking.takes(NUM_LAYERS) == 3
     found, peaks = [], []
     for num_layers, waiting in ((0, None), (NUM_LAYERS, None), (NUM_LAYERS, parking)):
@@ -186,7 +186,7 @@ def test_activations_come_back_from_the_host_bit_by_bit(settings, quantization, 
         torch.cuda.reset_peak_memory_stats()
         found.append(bits_of_a_pass(overlay, machine.forward_backward, x))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert [len(notes) > 1 for notes in parking.layers] == [True, False] * 3
+    assert [len(layer.notes) > 1 for layer in parking.layers] == [True, False] * 3
     assert max(peaks[1:]) < peaks[0]
     overlay.begin_step(x.cpu())
     graph = machine.GraphedPass(overlay, tuple(x.shape), 1 / x.numel())

@@ -556,6 +556,23 @@ def test_a_merged_folder_keeps_the_rules_of_vllm_and_llama_cpp(
     assert all(i < 257 for i in special)  # a special token would never be shown
 
 
+def test_a_phi_keeps_the_class_of_tokenizer_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    """Beside its config.json the class changes nothing: transformers takes tokenizer.json."""
+    run, out = make_run(tmp_path, "phi3"), tmp_path / "out"
+    for path in (tmp_path / "model" / "tokenizer.json", run / "tokenizer" / "tokenizer.json"):
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec["pre_tokenizer"]["use_regex"] = False  # not as GPT-2's
+        path.write_text(json.dumps(spec), encoding="utf-8")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    for name, kept in (("GPT2Tokenizer", True), ("LlamaTokenizer", False)):
+        settings.write_text(json.dumps({"tokenizer_class": name}), encoding="utf-8")
+        main("export", str(run), str(out), "--format", "merged", "--force")
+        found = json.loads((out / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
+        assert found == (name if kept else "PreTrainedTokenizerFast")
+        loaded = json.loads(AutoTokenizer.from_pretrained(out).backend_tokenizer.to_str())
+        assert (loaded["pre_tokenizer"], loaded["model"]) == (spec["pre_tokenizer"], spec["model"])
+
+
 # ---- The hub -------------------------------------------------------------------------------------
 
 
@@ -725,6 +742,12 @@ def test_spellings_on_a_sentencepiece_style_tokenizer(tmp_path: Path) -> None:
     assert new.matching == "both" and new.forms[0].content.startswith("\u2581")
     assert (saved.words, saved.spellings) == (new.words, new.spellings)
     assert any(len(ids) < len(word) for word, ids in zip(saved.words, saved.spellings))
+    for found, scores in (("few of", False), ("the new words too", True)):
+        if scores:
+            (tmp_path / "model" / "tokenizer.model").write_bytes(b"scores")
+        facts = {"auto": "AutoModelForCausalLM", "folder": "out"}
+        card = recover.how_to_load("merged", facts, saved, tmp_path / "model")
+        assert f"llama.cpp finds {found}" in card and ("begin a prompt" in card) == scores
 
 
 def test_neighbours(tmp_path: Path, capsys) -> None:
@@ -868,6 +891,8 @@ def test_import_refuses(tmp_path: Path) -> None:
     assert text == f"4 rows of 8 from id 260 on; {wrong}"
     text = refusal(seed_file(seed, wake_start=250))
     assert text == f"4 rows of 32 from id 250 on; {wrong}"
+    text = refusal(seed_file(seed, embeddings=torch.zeros(14, 32), num_wake=14, wake_start=250))
+    assert text == f"14 rows of 32 from id 250 on; {wrong}"  # the last one is right
     kept = "no sentry of the original notebooks, which hold 'embeddings', 'step', 'wake_start'"
     for changes in ({"embeddings": Path("x")}, {"step": "x"}, {"embeddings": [1]}):
         assert refusal(seed_file(seed, **changes)).startswith(kept)
@@ -885,16 +910,16 @@ def test_import_refuses(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys) -> None:
-    """Exit status and one line on stderr, from real processes; usage errors have status 2."""
-    run, script = make_run(tmp_path), str(Path(recover.__file__))
-    call = lambda *a: subprocess.run([sys.executable, script, *a], capture_output=True, text=True)  # noqa: E731
-    done = call("export", str(run), str(run), "--format", "rows")
+    """Exit status and one line on stderr, from a real process; usage errors have status 2."""
+    run = make_run(tmp_path)
+    command = [sys.executable, recover.__file__, "export", str(run), str(run), "--format", "rows"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "Traceback" not in done.stderr
-    done = call(str(run))
-    assert done.returncode == 0, done.stderr
-    chosen = run / "snapshots" / "step_000040"
-    assert f"continue from {chosen}: step 40 of 3,000, 7 new words" in done.stdout
     capsys.readouterr()
+    main(str(run))
+    chosen = run / "snapshots" / "step_000040"
+    listed = capsys.readouterr().out
+    assert f"continue from {chosen}: step 40 of 3,000, 7 new words" in listed
     for command, status in ((("export", str(run)), 2), (("--help",), 0)):
         with pytest.raises(SystemExit) as caught:
             main(*command)

@@ -8,6 +8,7 @@ tests/bench/check_vocabularies.py.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -109,19 +110,10 @@ def test_every_new_row_is_reached_and_decodes_to_its_word(make, kind, matching):
 
 @pytest.mark.parametrize("matching", ["both", "spaced", "bare"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_round_trip_wherever_the_base_has_one(make, kind, matching, sentence):
+def test_round_trip_wherever_the_base_has_one(make, kind, matching):
     new = plan(make(kind, token_matching=matching))
-    for word in [
-        *LEXICON,
-        "ordinary",
-        "e\u0301a",
-        "<|endoftext|>",
-        "<0x41>",
-        "</s>",
-        "🙂",
-        "a\u200db",
-    ]:
+    others = ["ordinary", "e\u0301a", "<|endoftext|>", "<0x41>", "</s>", "🙂", "a\u200db"]
+    for sentence, word in itertools.product(SENTENCES, [*LEXICON, *others]):
         text = sentence.format(word)
         if decode(new.base, encode(new.base, text)) == text:
             assert decode(new.tokenizer, encode(new.tokenizer, text)) == text
@@ -335,10 +327,42 @@ def test_damaged_tokenizers_are_refused(make, tmp_path):
         f"model_name {config.model_name!r}: its tokenizer.json is damaged, or newer than the "
         "installed tokenizers package reads: "
     )
-    spec["model"]["vocab"]["Q"] = 2000
+    spec["added_tokens"][-1]["id"] = 2000
     file.write_text(json.dumps(spec), encoding="utf-8")
-    line = f"model_name {config.model_name!r}: the ids of its tokenizer have holes"
-    assert one_error(config) == line
+    assert one_error(config) == (
+        f"model_name {config.model_name!r}: its tokenizer.json gives '<|im_start|>' the id 2000,"
+        " but when it is loaded the id is 381; repair its added_tokens, whose ids must follow the"
+        " vocabulary without a gap"
+    )
+
+
+@pytest.mark.parametrize("highest", ["Q", "<|im_start|>"])
+def test_ids_with_holes_keep_them(make, tmp_path, highest):
+    """The new words come after the highest id, before and after loading, whoever has it."""
+    config, file = make(), tmp_path / "model" / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+    vocab |= {token["content"]: token["id"] for token in added} | {highest: 2000}
+    for token in added:
+        token["id"] = vocab[token["content"]]
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    new = saved(config)  # proves that the ids are the same when the folder is loaded
+    assert new.first_new_id == 2001 and new.base.token_to_id(highest) == 2000
+    text = ORDINARY + "".join(f"({form.content})" for form in new.forms) + " Q<|im_start|>"
+    ids = encode(new.tokenizer, text)
+    assert {i for i in ids if i > 2000} == set(range(2001, 2001 + len(new.forms)))
+    assert decode(new.tokenizer, ids) == text and 2000 in ids
+    text = "Thereafter they watched the wall"
+    assert encode(new.tokenizer, text) == encode(new.base, text)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace"])
+def test_the_name_of_a_byte_beside_a_new_word_stays_text(make, kind):
+    new = plan(make(kind))
+    text = "a riverrun<0x41> riverrun<0x0A>"
+    ids = encode(new.tokenizer, text)
+    assert sum(i >= new.first_new_id for i in ids) == 2
+    assert decode(new.tokenizer, ids) == text
 
 
 def test_other_tokenizer_types_are_refused(make, tmp_path):
@@ -363,6 +387,10 @@ def test_lexicon_from_corpus(make, tmp_path):
     words = new.words[: new.num_words]
     assert words[:3] == ["zyx'qj", "kjq", "Zyx-qvw"]  # 3, 3 and 2 times; none of TEXT's short words
     assert not Path(config.run_dir).exists()
+    spelled = len(encode(base, " kjq"))
+    for least, is_in in ((spelled, True), (spelled + 1, False)):
+        again = plan(dataclasses.replace(config, lexicon_min_base_tokens=least))
+        assert ("kjq" in again.words) == is_in
     assert all(len(encode(base, " " + word)) >= 3 for word in words)
     assert all(corpus.count(word) >= 2 for word in words)
     assert saved(config).words[: len(words)] == words
@@ -381,6 +409,12 @@ def test_lexicon_from_corpus(make, tmp_path):
 
 
 # Report
+
+
+def test_a_table_shorter_than_its_tokenizer_has_no_padding_rows(make):
+    report = extended(make(model_config={"vocab_size": 381})).report
+    assert report["base_size"] == 382
+    assert (report["padding_rows"], report["new_ids_in_padding"]) == (0, 0)
 
 
 def test_report_figures(make):
@@ -602,8 +636,16 @@ def test_saved_folder_loads_with_the_same_ids(make, kind, beside):
     }
     model_config = beside and {"model_type": beside, "vocab_size": 500}
     config = make(kind, settings=settings, model_config=model_config)
+    Path(config.model_name, "tokenizer.model").write_bytes(b"scores")
     new = saved(config)
     folder = Path(config.run_dir, "tokenizer")
+    for_llama_cpp = {"tokenizer.model", "added_tokens.json"} & {p.name for p in folder.iterdir()}
+    assert len(for_llama_cpp) == (0 if kind in ("qwen", "gpt2") else 2)
+    if for_llama_cpp:
+        assert (folder / "tokenizer.model").read_bytes() == b"scores"
+        texts = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        assert list(texts.values()) == list(range(new.first_new_id, new.tokenizer.get_vocab_size()))
+        assert list(texts) == [content.replace("\u2581", " ") for content in contents(new)]
     if beside:
         (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
     # The one case where transformers 5 would take another pattern than tokenizer.json's.
@@ -735,7 +777,7 @@ def test_main_refuses_another_tokenizer_beside_saves(make):
     assert files_of(config) == files and (folder / "config.yaml").read_bytes() == settings
 
 
-def test_command_exit_statuses(make):
+def test_command_exit_statuses(make, capsys):
     script, path = ROOT / "extend_tokenizer.py", config_file(make())
 
     def run(*arguments):
@@ -745,12 +787,12 @@ def test_command_exit_statuses(make):
             encoding="utf-8",
         )
 
-    done = run(path)
-    assert (done.returncode, done.stderr) == (0, "") and "| new tokens " in done.stdout
+    main(str(path))
+    assert "| new tokens " in capsys.readouterr().out
     wrong = run(path, "lexicon=/no/words.txt")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "lexicon: /no/words.txt: cannot be read: No such file or directory\n"
-    assert run().returncode == 2 and "usage:" in run("--help").stdout
+    assert run().returncode == 2
 
 
 def test_no_transformers_and_no_torch_until_a_tokenizer_is_saved(make):

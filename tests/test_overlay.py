@@ -410,6 +410,46 @@ def test_what_a_models_own_code_raises_becomes_one_line(monkeypatch, error):
     )
 
 
+def test_a_model_in_which_the_library_finds_no_embedding_is_refused(monkeypatch):
+    model = make_model("qwen2_untied")
+
+    def fail():
+        raise NotImplementedError("not auto-handled")
+
+    monkeypatch.setattr(model, "get_input_embeddings", fail)
+    with pytest.raises(UserError, match="^Qwen2ForCausalLM has no input embedding and output head"):
+        check_model(model)
+
+
+def test_a_model_that_keeps_the_size_of_its_last_batch_is_refused(monkeypatch):
+    """As RecurrentGemma in transformers 4.57.6, which trains until a micro-batch is smaller."""
+    model = make_model("qwen2_untied")
+    layer, state = model.model.layers[0], []
+    own = layer.forward
+
+    def forward(hidden_states, *arguments, **keywords):
+        last = state[-1] if state else hidden_states
+        state.append(hidden_states.detach())
+        return own(torch.stack([hidden_states, 0 * last]).sum(0), *arguments, **keywords)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    assert "fails in a pass over eight tokens (RuntimeError: stack expects each" in refusal(model)
+
+
+def test_a_model_that_rounds_otherwise_in_another_batch_is_served(monkeypatch):
+    """Kernels for another size do: through 48 layers in bfloat16 the logits differed by 0.05."""
+    model = make_model("qwen2_untied")
+    layer = model.model.layers[0]
+    own = layer.forward
+
+    def forward(hidden_states, *arguments, **keywords):
+        return own(hidden_states * (1 + 0.05 * len(hidden_states)), *arguments, **keywords)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    rows = [random_rows(model, 3, seed) for seed in (1, 2)]
+    WakeOverlay(model, FIRST_NEW_ID, *rows).install()
+
+
 def test_a_model_that_makes_its_logits_from_the_base_table_is_refused(monkeypatch):
     model = make_model("qwen2_tied")
 

@@ -55,7 +55,7 @@ def worker(config: str, *overrides: str) -> None:
     machine.STEP_TIMEOUT = datetime.timedelta(seconds=seconds)
     if environment.get("TEST_SLOW_RANK") == rank:
         real = train.load_model
-        train.load_model = lambda *arguments: (time.sleep(4), real(*arguments))[1]
+        train.load_model = lambda *arguments: (time.sleep(3), real(*arguments))[1]
     if seconds := environment.get("TEST_SLOW_SAVES"):
         write = recover.write_sentry
         recover.write_sentry = lambda *arguments: (time.sleep(float(seconds)), write(*arguments))[1]
@@ -209,6 +209,15 @@ def test_the_lowest_loss_scale_is_everyones():
     assert scale == overlay.LossScale(16384.0, good_steps=0)
 
 
+def test_a_step_ends_with_the_same_numbers_in_every_process(monkeypatch):
+    """The other of two has a loss of 2, was asked to stop, and has a lower loss scale."""
+    others = torch.tensor([2.0, 1.0, 0.0, 1024.0])  # loss, stop, the scales of both
+    monkeypatch.setattr(machine, "all_reduce_sum", lambda worker, tensor: tensor.add_(others))
+    scale = overlay.LossScale(65536.0, good_steps=7)
+    found = machine.agree(one_of(2, 0), torch.tensor(3.0), torch.tensor(0.5), False, scale)
+    assert found == (5.0, 0.5, True) and scale == overlay.LossScale(1024.0, good_steps=0)
+
+
 @pytest.mark.parametrize("rank", ["0", "4"])
 def test_a_number_that_does_not_divide_the_batch(settings, tmp_path, monkeypatch, rank):
     """Each process says it before it looks for the others."""
@@ -275,7 +284,7 @@ def test_a_slow_start_and_a_slow_disk_are_waited_for(settings, tmp_path, alone):
     """Process 1 needs longer to load than a process may be silent in a step, and so does process 0
     in a save, where it waits for the save before."""
     slow = {"TEST_SLOW_RANK": "1", "TEST_SLOW_SAVES": "3", "TEST_STEP_TIMEOUT_SECONDS": "2"}
-    train_with(settings | {"save_every": 3}, tmp_path / "run", 2, **slow)
+    train_with(settings | {"save_every": 4}, tmp_path / "run", 2, **slow)
     assert_same(tmp_path / "run", alone)
 
 
@@ -290,7 +299,7 @@ def test_process_0_tells_an_error_before_it_waits_for_the_others(settings, tmp_p
     )
     assert Group(other, run_dir, 2, ranks=[0]).finish() == [(1, lines)]
     waiting = Group(other, run_dir, 2, ranks=[1])
-    waiting.processes[0].join(3)
+    waiting.processes[0].join(1)
     os.kill(waiting.processes[0].pid, signal.SIGTERM)
     assert waiting.finish() == [(-signal.SIGTERM, "")]
 

@@ -1,15 +1,15 @@
 """A run survives full disks, bad folders and stops, and goes on exactly as if nothing had happened.
 
-    python -m pytest tests/test_survival.py        (53 s, 2 shared CPU cores, 2026-11-25)
+    python -m pytest tests/test_survival.py
 
 Real trainings, in this process, of a model of 14,000 parameters. What is proved of SIGKILL, of the
 command line and of a lost RUN_DIR stands in test_train_cli.py, of single sentries and folders in
 test_recover.py, and of all at once, hundreds of times, in torture/torture.py.
 """
 
+import contextlib
 import dataclasses
 import errno
-import gc
 import json
 import math
 import os
@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -35,30 +36,13 @@ import train
 from config import UserError, load_config
 from extend_tokenizer import plan_new_words, read_corpus
 
+pytestmark = pytest.mark.usefixtures("quick")
 NOT_COMPARED = ("step_seconds", "tokens_per_second")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Leave out what takes two thirds of such a short run: plots, long samples, and garbage
-    collection, for which the imported libraries are half a million objects.
-
-    One thread, because threads that wait for each other cost more on shared cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot_losses", lambda *_: None)
-        patch.setattr(train, "SAMPLE_TOKENS", 8)
-        yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    return tiny_settings(tmp_path_factory.mktemp("tiny"), prompts=["the glimock saw"])
+    return tiny_settings(tmp_path_factory.mktemp("tiny"))
 
 
 def run(settings: dict, run_dir: Path, *, fresh=False, step=None, **changes) -> dict:
@@ -114,11 +98,14 @@ def die_at(monkeypatch, wanted: int) -> None:
 # ---- Continuing is exact -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("output_rows", ["separate", "shared", "frozen"])
+@pytest.mark.parametrize(
+    "quantization, output_rows",
+    [("none", "separate"), ("none", "shared"), ("none", "frozen"), ("nf4", "separate")],
+)
 def test_n_steps_kill_n_steps_equal_2n(settings, tmp_path, monkeypatch, quantization, output_rows):
     """Rows, statistics, learning rate, losses, samples and best loss are the same bit for bit."""
     kind = {"quantization": quantization, "output_rows": output_rows}
+    kind["prompts"] = ["the glimock saw"]
     run(settings, tmp_path / "straight", **kind)
     die_at(monkeypatch, 5)
     with pytest.raises(Killed):
@@ -133,12 +120,15 @@ def test_n_steps_kill_n_steps_equal_2n(settings, tmp_path, monkeypatch, quantiza
     assert len(statistics) == (4 if output_rows == "separate" else 2)
     assert sum(name in wanted for name in ("input_rows", "output_rows")) == num_sets
     assert got == wanted
+    run_dir = tmp_path / "run"  # what the killed run wrote after its last save is gone
+    saved = run_dir / "snapshots" / "step_000008" / "metrics.jsonl"
+    assert (run_dir / "metrics.jsonl").read_bytes() == saved.read_bytes()
     keys = [(record["step"], record["kind"]) for record in got["records"]]
     assert keys == sorted(set(keys), key=lambda key: (key[0], key[1] == "eval"))
     assert [key for key in keys if key[1] == "train"] == [(n, "train") for n in range(1, 9)]
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @hypothesis.given(kills=st.sets(st.integers(1, 8), min_size=1, max_size=3))
 def test_a_run_killed_after_any_steps_equals_a_straight_one(
     settings, straight, tmp_path_factory, kills
@@ -393,11 +383,23 @@ def test_a_refused_command_changes_nothing(settings, tmp_path):
     assert (run_dir / "config.yaml").read_bytes() == config
 
 
-def test_a_finished_run_says_so_and_more_steps_say_what_changes(settings, tmp_path, capsys):
-    run(settings, tmp_path / "run", max_steps=2)
-    run(settings, tmp_path / "run", max_steps=2)
+def test_a_finished_run_says_so_and_more_steps_say_what_changes(
+    settings, tmp_path, capsys, monkeypatch
+):
+    """It says so without loading the model, and a durable folder still gets what it lacks."""
+    durable = {"sentry_dir": str(tmp_path / "drive")}
+    first = run(settings, tmp_path / "run", max_steps=2, **durable)
+    closing = capsys.readouterr().out.split("bits per byte of held-out text: ")[1]
+    before = last_save(tmp_path / "run", step=2)
+    shutil.rmtree(tmp_path / "drive")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_run", None)
+        assert run(settings, tmp_path / "run", max_steps=2, **durable) == first
     said = capsys.readouterr().out
     assert said.count("step 2 of 2: nothing left to do; raise max_steps\n") == 1
+    assert said.endswith(closing)
+    assert steps(tmp_path / "drive") == [2]
+    assert last_save(tmp_path / "run", step=2) == before
     run(settings, tmp_path / "run", max_steps=3)
     line = "max_steps was 2: from here the learning rate is that of the new one\n"
     assert capsys.readouterr().out.count(line) == 1
@@ -647,10 +649,12 @@ def test_a_durable_folder_that_takes_nothing_is_found_before_anything_is_loaded(
     if trouble in ("read-only", "full"):  # root, who runs this in a container, may write everywhere
         number = {"read-only": errno.EROFS, "full": errno.ENOSPC}[trouble]
 
-        def refuse(**_):
+        def refuse(*_, **__):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(train.tempfile, "TemporaryFile", refuse)
+        file = contextlib.nullcontext(SimpleNamespace(write=refuse))  # a full disk takes names
+        make = refuse if trouble == "read-only" else lambda **_: file
+        monkeypatch.setattr(train.tempfile, "TemporaryFile", make)
         line = f"sentry_dir: [Errno {number}] {os.strerror(number)}; give a folder that can be"
         line += " written"
     with pytest.raises(UserError) as caught:
@@ -802,6 +806,20 @@ def test_a_stop_signal_at_any_moment_leaves_a_sentry(
     assert set(steps(tmp_path / "run" / "snapshots")) == {*best, result["step"]}
     assert run(settings, tmp_path / "run")["step"] == 8
     assert last_save(tmp_path / "run") == straight
+
+
+def test_a_second_stop_signal_ends_at_once(settings, tmp_path, monkeypatch):
+    real = train.Optimizer.update
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(train.Optimizer, "update", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run")
+    assert not steps(tmp_path / "run" / "snapshots")
 
 
 def test_a_stop_signal_while_the_model_loads_ends_before_the_first_step(

@@ -245,6 +245,7 @@ def test_dry_run_plans_without_weights_and_writes_nothing(without_weights, tmp_p
     # input and output rows and their row statistics: 2 x 20 x (32 + 1) fp32
     assert "bytes per sentry 5,280\n" in out
     assert re.search(r"^T4 +fits, micro_batch_size 4$", out, re.MULTILINE)
+    assert out.endswith("whether the model's logits can be served is proved at the start of a run")
     kept = r"^about 2 of 2 layers can keep their activations: peak ([\d.]+) GiB$"
     peak = float(re.search(kept, out, re.MULTILINE)[1])
     assert float(plan["total"]) - 0.05 <= peak <= float(plan["total"]) + 0.2
@@ -354,10 +355,11 @@ def test_fresh_starts_over_and_keeps_the_old_run(runs, tmp_path, straight):
 # ---- Progress ------------------------------------------------------------------------------------
 
 
-def test_lines_come_every_log_every_steps(runs):
+def test_lines_and_records_come_every_log_every_steps_and_at_the_end(runs, tmp_path):
     status, out, errors = runs.end("log_every=4")
     assert (status, errors) == (0, "")  # no bar
     assert re.findall(r"^step (\d)/6  loss [\d.]+  .* left$", out, re.MULTILINE) == ["4", "6"]
+    assert [step for step, kind, _ in losses(tmp_path / "run") if kind == "train"] == [4, 6]
 
 
 @pytest.fixture

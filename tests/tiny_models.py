@@ -242,6 +242,7 @@ def full_table_model(
         full.config.get_text_config().tie_word_embeddings = full.config.tie_word_embeddings = False
         head = full.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
+    full._init_weights = lambda _: None  # xLSTM's fails on a lone table; each row is set below
     full.resize_token_embeddings(first_new_id + len(input_rows), mean_resizing=False)
     head = full.get_output_embeddings()
     rows = input_rows if output_rows is None else output_rows

@@ -18,8 +18,8 @@ A step has 2,048 tokens and 44,223 new rows, the head is untied, and the output 
 The allocator is capped at --cap GiB for all but the peers. The methods before `ours` take turns in
 one process. The fused pieces stay in the model, so the peers after `ours` are fused too. Peaks are
 what the allocator reports. One H100 (torch 2.11.0, transformers 5.17.0, bitsandbytes 0.50.2,
-2026-11-26): ours 0.30 s and 12.9 GiB. On 2026-11-22, 32 x 128 tokens took 0.350, 0.349 and 0.344 s
-on two of one host, and 0.650, 0.647 and 0.645 s on one.
+2026-11-26): ours 0.30 s and 12.9 GiB; one H200: 0.29 s. On 2026-11-22, 32 x 128 tokens took 0.350,
+0.349 and 0.344 s on two of one host, and 0.650, 0.647 and 0.645 s on one.
 """
 
 import argparse
