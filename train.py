@@ -1,6 +1,6 @@
 """Train the rows of a lexicon's words in a frozen language model; the same command continues a run.
 
-    python train.py configs/sample.yaml                     the sample: CPU, offline, half a minute
+    python train.py configs/sample.yaml                     the sample: CPU, offline, 36 s
     python train.py configs/qwen14b.yaml                    Qwen2.5-14B in NF4 on a 15 GB card
     python train.py configs/qwen14b.yaml --dry-run          memory plan, without loading weights
     python train.py configs/sample.yaml max_steps=20 --fresh    start over, the old run kept aside
