@@ -962,24 +962,27 @@ def words_table(new: NewWords) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save_for_llama_cpp(config: Config, new: NewWords, folder: Path) -> None:
+def save_for_llama_cpp(config: Config, new: NewWords, folder: Path) -> dict:
     """Write what llama.cpp's converter reads of a SentencePiece-style tokenizer that has scores.
 
     The scores are in the base's tokenizer.model; without one, llama.cpp finds few of the new words.
     The new words are in added_tokens.json. Transformers reads neither, because it finds a
-    tokenizer.json, and the base's added tokens in tokenizer_config.json. add_prefix_space is for
-    llama.cpp alone: if true, it puts a space after each new word too.
+    tokenizer.json, and the base's added tokens in tokenizer_config.json.
+    Returns what tokenizer_config.json needs beside. add_prefix_space is for llama.cpp alone: if
+    true, it puts a space after each new word too.
     """
+    if not is_sentencepiece(new.base):
+        return {}
     scores = base_folder(config) / "tokenizer.model"
-    if is_sentencepiece(new.base) and scores.is_file():
-        shutil.copyfile(scores, folder / scores.name)
-        texts = [form.content.replace(SPACE, " ") for form in new.forms]
-        ids = {text: i for i, text in enumerate(texts, new.first_new_id)}
-        write_json(folder / "added_tokens.json", ids)
-        added = json.loads(new.files["tokenizer.json"])["added_tokens"]
-        added = {str(token.pop("id")): token for token in added}
-        more = {"added_tokens_decoder": added, "add_prefix_space": False}
-        write_json(folder / "tokenizer_config.json", tokenizer_settings(new.files) | more)
+    if not scores.is_file():
+        return {}
+    shutil.copyfile(scores, folder / scores.name)
+    texts = [form.content.replace(SPACE, " ") for form in new.forms]
+    ids = {text: i for i, text in enumerate(texts, new.first_new_id)}
+    write_json(folder / "added_tokens.json", ids)
+    added = json.loads(new.files["tokenizer.json"])["added_tokens"]
+    added = {str(token.pop("id")): token for token in added}
+    return {"added_tokens_decoder": added, "add_prefix_space": False}
 
 
 def check_saved(config: Config, folder: Path, new: NewWords) -> None:
@@ -1020,12 +1023,12 @@ def save_new_words(config: Config, new: NewWords) -> None:
         with replacing(run_dir / "tokenizer") as folder:
             folder.mkdir(parents=True)
             write_text(folder / "tokenizer.json", new.tokenizer.to_str())
-            write_json(folder / "tokenizer_config.json", tokenizer_settings(new.files))
+            settings = tokenizer_settings(new.files) | save_for_llama_cpp(config, new, folder)
+            write_json(folder / "tokenizer_config.json", settings)
             if template in new.files:
                 write_text(folder / template, new.files[template])
             write_json(folder / "report.json", new.report)
             write_text(folder / "words.tsv", words_table(new))
-            save_for_llama_cpp(config, new, folder)
             check_saved(config, folder, new)
         if config.lexicon == "from_corpus" and not lexicon.exists():
             write_text(lexicon, "".join(f"{word}\n" for word in new.lexicon.words))

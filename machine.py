@@ -274,14 +274,33 @@ def read_model_config(config: Config):
 
 
 def auto_class(config: Config) -> type:
-    """Choose transformers' class for the base model; some text models come with a picture part."""
+    """Choose transformers' class for the base model."""
+    return auto_class_of(read_model_config(config))
+
+
+def auto_class_of(shape) -> type:
+    """Choose the class for a transformers config; some text models come with a picture part."""
     import transformers
 
-    shape = type(read_model_config(config))
-    wrapped = shape in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if wrapped and shape not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    wrapped = type(shape) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if wrapped and type(shape) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+def random_model_of(shape, **settings) -> torch.nn.Module:
+    """Make a model of a transformers config, of the class that from_pretrained would take.
+
+    Of some models with several parts, Llama 4 for one, it takes the text part alone. from_config of
+    transformers 4.57 does not.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = shape.get_text_config(decoder=True)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
+    if getattr(model_class, "config_class", None) is type(text) is not type(shape):
+        return model_class(text)
+    return auto_class_of(shape).from_config(shape, **settings)
 
 
 def hide_bars_in_logs() -> None:
@@ -375,18 +394,11 @@ def bytes_per_value(config: Config) -> int:
 
 def model_without_weights(config: Config) -> torch.nn.Module:
     """Make the base model on the meta device: it has every shape and no data. Raises: UserError."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    shape, auto = read_model_config(config), auto_class(config)
+    shape = read_model_config(config)
     vars(shape).pop("quantization_config", None)  # no quantizer is asked for shapes
-    text, model_class = shape.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
-    text_alone = getattr(model_class, "config_class", None) is type(text) is not type(shape)
     try:
         with torch.device("meta"):  # 48 layers of the 14B take no memory this way
-            if text_alone:  # from_pretrained knows these, Llama 4 for one; from_config of 4.57 no
-                model = model_class(text)
-            else:
-                model = auto.from_config(shape, trust_remote_code=config.trust_remote_code)
+            model = random_model_of(shape, trust_remote_code=config.trust_remote_code)
         model.tie_weights()  # transformers 5.0.0 ties nothing on the meta device by itself
         return model
     except (OSError, ValueError, ImportError) as error:
@@ -1155,7 +1167,7 @@ def find_parking(
 ) -> Parking | None:
     """Measure what the bus carries, and pin what the host has left beside the buffers of a save.
 
-    None, and a remark, if the host cannot pin it.
+    None if there is no room. None, and a remark, if the host cannot pin what should fit.
     """
     import psutil
 
@@ -1164,6 +1176,8 @@ def find_parking(
     room = psutil.virtual_memory().available - saves - HOST_SPARE_GIB * GIB
     room /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this host
     room = min(room, math.inf if config.max_host_gib is None else config.max_host_gib * GIB)
+    if room <= 0:  # as with max_host_gib: 0; the bus need not be measured
+        return None
     layer = kept_layer_bytes(overlay.model, size * batch.x.shape[1], config)
     sizes = layer, batch.base_embeds[:size].nbytes, bus_bytes(overlay, batch, size)
     try:

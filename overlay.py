@@ -17,13 +17,14 @@ rows S of the same shape; if the model ties its head to its embedding, S is R.
     logits of state h    [ h W^T , h S^T ]                                  V + N numbers
 
 R and S are all that is trained. Some models scale or cap their logits, or add a bias; `HeadFormula`
-says how. The loss makes the gradient of S itself. The body's backward pass ends at its input
-embeddings, and what arrives there at a new word's positions is the gradient of that word's row in
-R. The file has this order: rows and look-up, loss, one micro-batch, Adafactor, what rows share,
-first values, and last the models that cannot be served. A 14B step of 2,048 tokens spends 27 of its
-330 ms in the loss (one H100, 2026-11-22, docs/measurements.md).
+says how. The loss makes the gradient of S itself. The gradient of R comes from the backward pass
+through the body: a row of R gets the sum of the input embeddings' gradients wherever its word
+stands. The file has this order: rows and look-up, loss, one micro-batch, Adafactor, what rows
+share, first values, and last the models that cannot be served. A 14B step of 2,048 tokens spends 27
+of its 330 ms in the loss (one H100, 2026-11-22, docs/measurements.md).
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ if "UserError" not in globals():
 # tokens. Larger chunks were not faster on an H100.
 LOSS_CHUNK_POSITIONS = 256
 # The loss holds the logits of 2,048 positions over the new words at once: 345 MiB for 44,223 words.
-# An evaluation, which sums no gradient over them, holds those of 256 positions.
+# An evaluation makes no gradient, and holds the logits of 256 positions.
 LOSS_GROUP_POSITIONS = 2048
 # New rows are fp32 and cast to the compute dtype 4,096 at a time: 40 MiB at a hidden size of 5,120.
 ROW_BLOCK = 4096
@@ -869,6 +870,19 @@ def find_body(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
+@contextlib.contextmanager
+def model_errors_in_one_line(what: str, advice: str, *passed_on: type) -> Iterator[None]:
+    """Turn whatever a model's own code raises into a UserError; a full GPU and the types of
+    `passed_on` are raised as they are."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, *passed_on):
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{what} ({reason}); {advice}") from error
+
+
 def probe(overlay: WakeOverlay) -> None:
     """Compare the model's own logits with those that training will compute, on eight tokens.
 
@@ -882,7 +896,7 @@ def probe(overlay: WakeOverlay) -> None:
     """
     model = overlay.model
     name, ids = type(model).__name__, overlay.spread_ids(8)  # (1, 8)
-    try:
+    with model_errors_in_one_line(f"{name} fails in a pass over eight tokens", WANTED):
         with torch.no_grad():
             two = overlay.embed(torch.cat([ids, ids.flip(1)]))  # (2, 8, H)
             overlay.body(inputs_embeds=two, use_cache=False)
@@ -891,13 +905,6 @@ def probe(overlay: WakeOverlay) -> None:
             embeds = overlay.embed(ids).detach().requires_grad_()  # (1, 8, H)
             hidden = overlay.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
             (reach,) = torch.autograd.grad(hidden[0, 3, ::2].mean(), embeds)  # (1, 8, H)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model's own code may raise anything
-        raise UserError(
-            f"{name} fails in a pass over eight tokens ({type(error).__name__}: {one_line(error)});"
-            f" {WANTED}"
-        ) from error
     choose_formula(overlay, own, hidden[0].detach().to(overlay.dtype))
     if reach[0, 4:].nan_to_num(0.0).any():  # NaN: float16 overflowed, which training repeats
         raise UserError(

@@ -66,7 +66,8 @@ if "new_words_hash" not in globals():
     )  # fmt: skip
 if "WakeOverlay" not in globals():
     from overlay import (
-        FLOAT16_LOSS_SCALE, ROW_BLOCK, WakeOverlay, is_tied, output_mode, starting_rows,
+        FLOAT16_LOSS_SCALE, ROW_BLOCK, WakeOverlay, is_tied, model_errors_in_one_line, output_mode,
+        starting_rows,
     )  # fmt: skip
 if "Worker" not in globals():
     from machine import (
@@ -1336,15 +1337,10 @@ def continue_prompt(model, tokenizer: Tokenizer, prompt: str, seed: int, **how) 
     with torch.random.fork_rng([model.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids)
-        try:
+        what = f"{type(model).__name__} cannot continue a prompt"
+        # Meanwhile the text goes out, and what reads it may end.
+        with model_errors_in_one_line(what, "train it with prompts=null", OSError):
             out = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=0, **how)
-        except (torch.OutOfMemoryError, OSError):
-            raise
-        except Exception as error:  # a model's own code may raise anything
-            raise UserError(
-                f"{type(model).__name__} cannot continue a prompt ({type(error).__name__}:"
-                f" {one_line(error)}); train it with prompts=null"
-            ) from error
     return out[0].tolist()
 
 

@@ -858,7 +858,7 @@ def explain_another_run(
 ) -> None:
     """Raise a UserError that names all that the newest save does not share with this run.
 
-    If any save shares all, it is damaged, and what `pick_sentry` said of it stands.
+    If a save does belong to this run, nothing is raised: it is damaged, as `pick_sentry` has said.
     """
     newest = []
     for number, path in sentry_folders(*folders):
@@ -1178,11 +1178,10 @@ def train_to_the_end(config: Config, worker: Worker, start: Start, stop: StopReq
     worker.say(heading(run))
     progress = Progress(worker, config, run.step)
     try:
-        # A signal while the model was loaded ends one process here; several must agree first.
+        # If a signal came while the model was loaded, a single process ends here. Several processes
+        # take a step first, at whose end they agree to stop.
         if not (stop.name and worker.world_size == 1):
-            if (
-                run.best_val_loss == math.inf
-            ):  # nothing evaluated yet: a new run, or an imported one
+            if run.best_val_loss == math.inf:  # a new run, or an imported one
                 run.smaller_if_needed(run.evaluate_base)
                 progress.say(eval_line(progress.timed("evaluation", run.evaluate)))
             train_steps(run, stop, progress)
@@ -1255,7 +1254,7 @@ def train(
             start = prepare_start(config, worker, fresh, step)
         check_same_run(worker, shared_facts(config, start))
         stop, saved = held.enter_context(StopRequest()), start.sentry
-        # An imported save has no evaluation yet, even if it has all its steps.
+        # A save from `recover.py import` was not evaluated yet, so that run is not over.
         is_over = saved and saved.step >= config.max_steps and saved.state.get("best_val_loss")
         end = nothing_left if is_over else train_to_the_end
         result = end(config, worker, start, stop)

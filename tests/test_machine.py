@@ -758,6 +758,14 @@ def test_a_host_that_cannot_pin_memory_parks_nothing(monkeypatch, no_streams):
     assert plan.remarks == ["nothing parked: CUDA error: out of memory"]
 
 
+def test_without_room_on_the_host_the_bus_is_not_measured(monkeypatch):
+    monkeypatch.setattr(machine, "bus_bytes", None)
+    overlay, plan = make_overlay(), StepPlan(2, 2)
+    config = make_config(compile="false", max_host_gib=0.0)
+    assert machine.find_parking(plan, overlay, make_batch(overlay), config) is None
+    assert plan.remarks == []
+
+
 def test_a_recomputed_layer_dequantizes_its_matrices_twice(monkeypatch):
     """All but the last one, which nothing needs again: six and one in each of two layers."""
     functional = pytest.importorskip("bitsandbytes.functional")

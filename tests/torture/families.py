@@ -28,7 +28,7 @@ from tiny_models import (
 )  # fmt: skip
 
 from config import UserError
-from machine import StepPlan, accumulate
+from machine import StepPlan, accumulate, random_model_of
 from overlay import LossScale, Optimizer, WakeOverlay, check_model, is_tied
 
 TIMEOUT_SECONDS = 90
@@ -173,14 +173,7 @@ def make_family(model_type: str, tied: bool) -> nn.Module:
     config = config_class(**settings)
     for part in (config, config.get_text_config(decoder=True)):
         part.tie_word_embeddings = tied
-    text, classes = config.get_text_config(decoder=True), transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    model_class = classes.get(config_class, None)
-    if model_class and model_class.config_class is type(text) is not config_class:
-        model = model_class(text)  # the text part alone, as from_pretrained takes it
-    elif model_class or config_class not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        model = transformers.AutoModelForImageTextToText.from_config(config)
+    model = random_model_of(config)
     fill_with_random_weights(model)
     model.tie_weights()
     return model.float().requires_grad_(False).eval()
