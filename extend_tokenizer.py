@@ -15,7 +15,6 @@ if __name__ == "__main__" and "__file__" in globals():
 
     end_at_ctrl_c()  # while the other imports last
 
-import bisect
 import dataclasses
 import hashlib
 import json
@@ -32,7 +31,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import regex
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers, processors
 
 if "UserError" not in globals():
     from config import (
@@ -162,26 +161,27 @@ def find_lexicon(
     because text with that string would become the word's token and no longer the special one.
     """
     added = base.get_added_tokens_decoder().values()
-    reserved = [token.content for token in added if token.special] + [SPACE] * (space == SPACE)
+    reserved = [token.content for token in added if token.special]
+    if space == SPACE:
+        reserved.append(SPACE)
     pattern = re.compile("|".join(map(re.escape, reserved)) or "(?!)")  # (?!) never matches
     kept = Path(config.run_dir, "lexicon.txt")
     if config.lexicon != "from_corpus":
         return read_lexicon(config.lexicon, pattern)
     if kept.exists() and not fresh:
         return read_lexicon(kept, pattern)
-    excluded = ()
+    excluded = set()
     if config.lexicon_exclude:
-        excluded = read_lexicon(config.lexicon_exclude, key="lexicon_exclude").words
+        excluded.update(read_lexicon(config.lexicon_exclude, key="lexicon_exclude").words)
     counts = Counter(word for text in texts for word in WORD.findall(text))
     words = [
         word for word, count in counts.most_common()
         if count >= config.lexicon_min_count
         and not (config.lexicon_skip_capitalized and word[0].isupper())
-        and not UNSPACED.search(word) and not refusal(word, pattern)
+        and not UNSPACED.search(word) and not refusal(word, pattern) and word not in excluded
     ]  # fmt: skip
     spelled = zip(words, spell(base, [space + word for word in words], space))
     words = [word for word, ids in spelled if len(ids) >= config.lexicon_min_base_tokens]
-    words = [word for word in words if word not in set(excluded)]
     if not words:
         raise UserError(
             f"lexicon from_corpus: no word of the corpus occurs {config.lexicon_min_count} times "
@@ -218,31 +218,29 @@ def base_files(config: Config) -> dict[str, str]:
 
 
 def base_folder(config: Config) -> Path:
-    """Return the model's own folder, or that of its tokenizer files in the hub's local cache."""
+    """Return the model's own folder, or that of its tokenizer files in the hub's local cache.
+
+    Raises: UserError if the model is in neither place.
+    """
     name, folder = config.model_name, Path(config.model_name).expanduser()
     if folder.is_dir():
         return folder
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model_name {name!r}: no such folder")
-    return hub_folder(name, config.model_revision)
+    from huggingface_hub import snapshot_download
+
+    wanted = {"revision": config.model_revision, "allow_patterns": [*PLAIN_FILES, *TOKENIZER_FILES]}
+    try:
+        return Path(snapshot_download(name, **wanted))
+    except (OSError, ValueError) as error:  # the hub's own errors are all subclasses of these
+        reason = f"no such folder, and the hub says: {one_line(error)}"
+        raise UserError(f"model_name {name!r}: {reason}") from None
 
 
 def plain_files(folder: Path) -> dict[str, str]:
     """Read those of PLAIN_FILES that the folder has: name -> text."""
     paths = map(folder.joinpath, PLAIN_FILES)
     return {path.name: read_text(path, "model_name") for path in paths if path.is_file()}
-
-
-def hub_folder(name: str, revision: str | None) -> Path:
-    """Bring the tokenizer files of a hub model into the hub's local cache. Raises: UserError."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [*PLAIN_FILES, *TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the hub's own errors are all subclasses of these
-        reason = f"no such folder, and the hub says: {one_line(error)}"
-        raise UserError(f"model_name {name!r}: {reason}") from None
 
 
 def converted_files(folder: Path, config: Config) -> dict[str, str]:
@@ -283,9 +281,8 @@ def base_tokenizer(config: Config, files: dict[str, str] | None = None) -> Token
     bos = settings.get("add_bos_token") and settings.get("bos_token")
     bos_id = tokenizer.token_to_id(bos) if bos else None
     if bos_id is not None and bos not in tokenizer.encode("a").tokens:
-        special = [(bos, bos_id)]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=special
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
     return tokenizer
 
@@ -313,8 +310,8 @@ def is_sentencepiece(tokenizer: Tokenizer) -> bool:
 def pieces(text: str) -> list[str]:
     """Cut `text` into pieces of 64 Ki characters or more, at places that no token crosses.
 
-    Those lie between a word and the space before the next one, and at line ends in scripts that
-    have no blanks.
+    Such places are between a word and the space before the next one and, in scripts that have no
+    blanks, at line ends.
     """
     return regex.findall(r"(?s).{65536}.*?(?:\p{L}(?= \p{L})|\n(?=\p{Lo}))|.+", text)
 
@@ -322,9 +319,9 @@ def pieces(text: str) -> list[str]:
 def encode_pieces(tokenizer: Tokenizer, parts: list[str]) -> Iterator[tuple[list, list]]:
     """Encode a text of any size by its `pieces`: yield (ids, offsets) for each.
 
-    The ids together are those of the whole text. For that each piece but the first is encoded
-    behind the letter LEAD, because some tokenizers put a space before a text; the offsets count
-    from that letter on. 100 MB in one piece would take 10 GiB.
+    All ids together are those of the whole text. Some tokenizers put a space before a text, so each
+    piece but the first is encoded behind the letter LEAD. Its offsets count from that letter on,
+    and the ids of the letter are left out. 100 MB in one piece would take 10 GiB.
     """
     skipped = len(tokenizer.encode(LEAD, add_special_tokens=False).ids)
     for i in range(0, len(parts), 8):
@@ -349,7 +346,7 @@ RUN = regex.compile(f"[{LETTER}]+")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """This is a form of a word: where it matches, the token `content` stands for the word."""
+    """This is one form of a word: in such a place the token `content` stands for the word."""
 
     word: str
     content: str  # the word, or the word with the blank before it
@@ -390,7 +387,7 @@ def plan_new_words(config: Config, texts: list[str], fresh: bool = False) -> New
     """
     files = base_files(config)
     base = base_tokenizer(config, files)
-    vocab, space = base.get_vocab(), SPACE if is_sentencepiece(base) else " "
+    space = SPACE if is_sentencepiece(base) else " "
     lexicon = find_lexicon(config, base, texts, space, fresh)
     # SentencePiece-style tokenizers have one way to match the words after a space, and most of
     # their entries without a space are pieces that only continue a word.
@@ -398,19 +395,19 @@ def plan_new_words(config: Config, texts: list[str], fresh: bool = False) -> New
     if space == SPACE:
         rule, matching = "one_token", "both" if matching == "both" else "spaced"
     known = {
-        "one_token": known_words(base, vocab, lexicon.words, space),
-        "exact_string": {word for word in lexicon.words if word in vocab},
+        "one_token": known_words(base, lexicon.words, space),
+        "exact_string": {word for word in lexicon.words if is_entry(base, word)},
     }
     words = [word for word in lexicon.words if word not in known[rule]]
-    forms = first_forms(base, vocab, words, space, matching)
+    forms = first_forms(base, words, space, matching)
     if rule == "one_token":
-        forms = mend_known(base, vocab, lexicon.words, known[rule], forms, space, matching)
+        forms = mend_known(base, lexicon.words, known[rule], forms, space, matching)
     if not forms:
         raise UserError(f"{config.lexicon}: the base vocabulary holds every word of the lexicon")
-    num_words, size = len(forms), max(vocab.values()) + 1
+    num_words, size = len(forms), max(base.get_vocab().values()) + 1
     if matching == "both":
-        forms += second_forms(base, vocab, forms, texts, space)
-    tokenizer = extended_tokenizer(base.to_str(), size, forms, matching)
+        forms += second_forms(base, forms, texts, space)
+    tokenizer = extended_tokenizer(base, size, forms, matching)
     with_bos, without = base.encode("a").ids, base.encode("a", add_special_tokens=False).ids
     return NewWords(
         first_new_id=size, num_words=num_words, words=[form.word for form in forms], forms=forms,
@@ -421,7 +418,12 @@ def plan_new_words(config: Config, texts: list[str], fresh: bool = False) -> New
     )  # fmt: skip
 
 
-def known_words(base: Tokenizer, vocab: dict, words: list[str], space: str) -> set[str]:
+def is_entry(base: Tokenizer, content: str) -> bool:
+    """Tell whether the base's vocabulary, with its added tokens, holds this very string."""
+    return base.token_to_id(content) is not None
+
+
+def known_words(base: Tokenizer, words: list[str], space: str) -> set[str]:
     """Return the words that the base spells with one token where they stand in a sentence.
 
     A row for such a word would begin as a copy of that token's and take half of its probability.
@@ -430,24 +432,23 @@ def known_words(base: Tokenizer, vocab: dict, words: list[str], space: str) -> s
     """
     in_place = [word if UNSPACED.fullmatch(word) else space + word for word in words]
     spelled = zip(words, in_place, spell(base, in_place, space))
-    return {word for word, content, ids in spelled if len(ids) == 1 or content in vocab}
+    return {word for word, content, ids in spelled if len(ids) == 1 or is_entry(base, content)}
 
 
 def mend_known(
-    base: Tokenizer, vocab: dict, words: list[str], known: set[str], forms: list[Form], space: str,
-    matching: str,
-) -> list[Form]:  # fmt: skip
+    base: Tokenizer, words: list[str], known: set[str], forms: list[Form], space: str, matching: str
+) -> list[Form]:
     """Return the forms of the words that need a row after a look at what these forms do.
 
     A known word that begins with the token of a new word would be cut up by it, so it gets a row. A
     word that must match without a space, but is one token of the base there, gets none and counts
-    as known: its token would be the base's own. With a space its token would cut longer words; for
-    the 222 such words of a lexicon of 44,990 that were 0.9 % of the ordinary words on Qwen2.5.
+    as known: its token would be the base's own. With a space its token would cut longer words: on
+    Qwen2.5, the 222 such words of a lexicon of 44,990 changed 0.9 % of the ordinary words.
     """
     spaced = {form.word for form in forms if form.place == AFTER_SPACE and space == " "}
     if cut := {word for word in known if any(word[:n] in spaced for n in range(1, len(word)))}:
         words = [word for word in words if word in cut or word not in known]
-        forms = first_forms(base, vocab, words, space, matching)
+        forms = first_forms(base, words, space, matching)
     contents = [form.content for form in forms if form.place != AFTER_SPACE]
     spelled = zip(contents, spell(base, contents, space))
     single = {content for content, ids in spelled if len(ids) == 1}
@@ -469,9 +470,7 @@ def spell(base: Tokenizer, contents: list[str], space: str) -> list[list[int]]:
     return ids
 
 
-def first_forms(
-    base: Tokenizer, vocab: dict, words: list[str], space: str, matching: str
-) -> list[Form]:
+def first_forms(base: Tokenizer, words: list[str], space: str, matching: str) -> list[Form]:
     """Decide where each new word matches: one form a word, in their order.
 
     plain:  anywhere, inside longer words too, as in the original runs.
@@ -485,30 +484,33 @@ def first_forms(
     """
     if matching == "plain":
         return [Form(word, word, ANYWHERE) for word in words]
-    longer = alphabetic_entries(base, vocab) if space == " " and matching != "bare" else []
-    bare, spaced = set(), set()
+    wanted_bare = set()
+    if space == " ":
+        wanted_bare = set(words) if matching == "bare" else entry_beginnings(base)
+    forms, spaced = {}, set()
     for word in sorted(words):  # so a word comes after those that it begins with
-        i = bisect.bisect_right(longer, word)
-        begins_entry = i < len(longer) and longer[i].startswith(word)
         hidden = any(word[:n] in spaced for n in range(1, len(word)))
         if UNSPACED.fullmatch(word):
-            continue
-        wanted_bare = matching == "bare" and space == " " or begins_entry
-        (bare if wanted_bare and not hidden and reads_well(base, word) else spaced).add(word)
-    return [
-        Form(word, space + word, AFTER_SPACE) if word in spaced
-        else Form(word, word, WHOLE_WORD if word in bare else ANYWHERE)
-        for word in words
-    ]  # fmt: skip
+            forms[word] = Form(word, word, ANYWHERE)
+        elif word in wanted_bare and not hidden and reads_well(base, word):
+            forms[word] = Form(word, word, WHOLE_WORD)
+        else:
+            forms[word] = Form(word, space + word, AFTER_SPACE)
+            spaced.add(word)
+    return [forms[word] for word in words]
 
 
-def alphabetic_entries(base: Tokenizer, vocab: dict) -> list[str]:
-    """List the words in a byte-level vocabulary, as written and in lower case, sorted."""
+def entry_beginnings(base: Tokenizer) -> set[str]:
+    """Return what a longer word of a byte-level vocabulary begins with, as written or lower case.
+
+    For "Rather" these are "R", "Ra" ... "Rathe", and "r", "ra" ... "rathe".
+    """
     # "\u0120" stands for the space before a word. ASCII decodes to itself, and leaving it out saves
     # 0.3 s on Qwen's vocabulary.
-    entries = (entry.removeprefix("\u0120") for entry in vocab)
+    entries = (entry.removeprefix("\u0120") for entry in base.get_vocab())
     entries = (e if e.isascii() else base.decoder.decode([e]) for e in entries)
-    return sorted({form for e in entries if e.isalpha() for form in (e, e.lower())})
+    words = {form for e in entries if e.isalpha() for form in (e, e.lower())}
+    return {word[:n] for word in words for n in range(1, len(word))}
 
 
 def reads_well(base: Tokenizer, content: str) -> bool:
@@ -520,9 +522,7 @@ def reads_well(base: Tokenizer, content: str) -> bool:
     return base.decoder.decode([content]) == content
 
 
-def second_forms(
-    base: Tokenizer, vocab: dict, forms: list[Form], texts: list[str], space: str
-) -> list[Form]:
+def second_forms(base: Tokenizer, forms: list[Form], texts: list[str], space: str) -> list[Form]:
     """List a second form, without a space, of each word that the corpus has without one before it.
 
     A word that would be misread without a blank gets a form with the line end before it, and so
@@ -543,14 +543,15 @@ def second_forms(
         elif word not in misread and blanks - {" "}:
             more.append(Form(word, word, WHOLE_WORD))
     spelled = zip(more, spell(base, [form.content for form in more], space))
-    return [form for form, ids in spelled if len(ids) > 1 and form.content not in vocab]
+    return [form for form, ids in spelled if len(ids) > 1 and not is_entry(base, form.content)]
 
 
 def word_finder(words: list[str]) -> Callable[[str], Iterator[tuple[int, int]]]:
     """Make a function that finds the places (start, end) of `words` in a text.
 
     A word counts between characters that are neither letters, marks, digits nor underscores,
-    whatever a tokenizer makes of it. Compounds hide the words in them.
+    whatever a tokenizer makes of it. Where one word of `words` lies within another, as in
+    "sea-change", the longer one is found.
     """
     runs = {word for word in words if RUN.fullmatch(word) and not UNSPACED.fullmatch(word)}
     unspaced = [word for word in words if UNSPACED.fullmatch(word)]
@@ -567,14 +568,14 @@ def word_finder(words: list[str]) -> Callable[[str], Iterator[tuple[int, int]]]:
 
 
 def extended_tokenizer(
-    base_json: str, first_new_id: int, forms: list[Form], matching: str
+    base: Tokenizer, first_new_id: int, forms: list[Form], matching: str
 ) -> Tokenizer:
     """Make the base tokenizer anew and let it know the forms, with ids in their order."""
-    tokenizer = Tokenizer.from_str(base_json)
-    if is_sentencepiece(tokenizer):
-        return whole_word_tokenizer(base_json, first_new_id, forms)
-    if tokenizer.get_vocab_size() < first_new_id:  # there are ids without a token
-        tokenizer = Tokenizer.from_str(json.dumps(with_entries(base_json, first_new_id, forms)))
+    if is_sentencepiece(base):
+        return whole_word_tokenizer(base, first_new_id, forms)
+    tokenizer = Tokenizer.from_str(base.to_str())
+    if base.get_vocab_size() < first_new_id:  # there are ids without a token
+        tokenizer = with_entries(base, first_new_id, forms)
     # In one call: one by one 44,000 words took 35 minutes.
     tokenizer.add_tokens([
         AddedToken(f.content, single_word=f.place == WHOLE_WORD, normalized=matching == "plain")
@@ -583,16 +584,16 @@ def extended_tokenizer(
     return tokenizer
 
 
-def with_entries(base_json: str, first_new_id: int, forms: list[Form]) -> dict:
-    """Put the special tokens and the forms into the vocabulary itself -> the tokenizer.json.
+def with_entries(base: Tokenizer, first_new_id: int, forms: list[Form]) -> Tokenizer:
+    """Make the base tokenizer anew, with special tokens and forms in the vocabulary itself.
 
     Other tokens get new ids at each loading, counted from the number of entries: a special token
     would get the id of a new word, and where ids have holes, a new word would fall into one.
     """
-    spec = json.loads(base_json)
+    spec = json.loads(base.to_str())
     spec["model"]["vocab"] |= {token["content"]: token["id"] for token in spec["added_tokens"]}
     spec["model"]["vocab"] |= {form.content: i for i, form in enumerate(forms, first_new_id)}
-    return spec
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def any_of(words: list[str]) -> str:
@@ -606,15 +607,15 @@ def any_of(words: list[str]) -> str:
     return re.escape(head) + (f"(?:{branches}){optional}" if branches else "")
 
 
-def whole_word_tokenizer(base_json: str, first_new_id: int, forms: list[Form]) -> Tokenizer:
+def whole_word_tokenizer(base: Tokenizer, first_new_id: int, forms: list[Form]) -> Tokenizer:
     """Put the forms into the vocabulary of a SentencePiece-style tokenizer.
 
     The pre-tokenizer cuts out every form where it matches. With `ignore_merges` such a cut becomes
     one token, because the vocabulary holds it. The text between the cuts is spelled by the base's
     merges as before.
     """
-    spec = with_entries(base_json, first_new_id, forms)
-    spec["model"]["ignore_merges"] = True
+    tokenizer = with_entries(base, first_new_id, forms)
+    tokenizer.model.ignore_merges = True
     # Two spaces before a word are one entry of the base and must stay together; the word after them
     # matches without a space.
     places = {
@@ -626,11 +627,9 @@ def whole_word_tokenizer(base_json: str, first_new_id: int, forms: list[Form]) -
     patterns = [pattern % any_of(words[place]) for place, pattern in places.items() if words[place]]
     # The last alternative cuts "<0x41>" in a text, which would otherwise become that byte's entry.
     pattern = "|".join([*patterns, r"(?<=<)0(?=x[0-9A-F]{2}>)"])
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    split["invert"] = False
-    steps = [step for step in (spec["pre_tokenizer"], split) if step]
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    steps = [base.pre_tokenizer, pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([step for step in steps if step])
+    return tokenizer
 
 
 def new_words_hash(words: list[str], first_new_id: int) -> str:
@@ -650,10 +649,10 @@ def extend(config: Config, texts: list[str], fresh: bool = False) -> NewWords:
     new = plan_new_words(config, texts, fresh)
     counts, figures = corpus_figures(new, config.corpus, texts)
     if not figures["new_tokens"]:
-        none = (
-            f"none of its {new.num_words} new words matches in the corpus ({new.matching} matching)"
+        raise UserError(
+            f"{config.lexicon}: none of its {new.num_words} new words matches in the corpus"
+            f" ({new.matching} matching); check that the two belong together"
         )
-        raise UserError(f"{config.lexicon}: {none}; check that the two belong together")
     report = make_report(config, new, figures)
     return dataclasses.replace(new, report=report, counts=counts)
 
@@ -779,7 +778,8 @@ def corpus_figures(new: NewWords, paths: tuple[str, ...], texts: list[str]) -> t
                 total.update(more)
             for a, b in in_pieces:
                 missed.setdefault(why_missed(new, shown, a), Counter())[shown[a:b]] += 1
-            first_bad_line = first_bad_line or bad_line(new, lead, piece, after[0], path, line)
+            ids = before[0], after[0]
+            first_bad_line = first_bad_line or bad_line(new, lead, piece, ids, path, line)
             line += piece.count("\n")
     counts = [seen[i] for i, _ in enumerate(new.words, new.first_new_id)]
     of_words = add_up_forms(new, counts)
@@ -812,26 +812,27 @@ def add_up_forms(new: NewWords, counts: list[int]) -> Counter:
 
 
 def bad_line(
-    new: NewWords, lead: str, piece: str, ids: list[int], path: str, line: int
+    new: NewWords, lead: str, piece: str, ids: tuple[list, list], path: str, line: int
 ) -> str | None:
-    """Describe the first line of `piece` that decoding `ids` does not give back, if there is one.
+    """Describe the first line of `piece` that the new tokenizer does not give back, if any.
 
-    lead: what was before the piece when it was encoded; line: the number of its first line
+    lead: what was before the piece when it was encoded
+    ids:  of the piece, by the base tokenizer and by the new one
+    path, line: the file of the piece, and the number of the piece's first line
     """
 
     def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
         ids = tokenizer.encode(lead, add_special_tokens=False).ids + ids
         return tokenizer.decode(ids, skip_special_tokens=False)[len(lead) :]
 
-    decoded = decode(new.tokenizer, ids)
+    decoded = decode(new.tokenizer, ids[1])
     if decoded == piece:
         return None
     same = len(commonprefix([decoded, piece]))
     start, number = piece.rfind("\n", 0, same) + 1, line + piece.count("\n", 0, same)
     wanted, got = (text[start:].split("\n")[0][:200] for text in (piece, decoded))
-    by_base = new.base.encode(lead + piece, add_special_tokens=False).ids
-    by_base = new.base.decode(by_base, skip_special_tokens=False)[len(lead) :]
-    whose = "" if by_base == piece else "; the base tokenizer is not exact either"
+    exact = decode(new.base, ids[0]) == piece
+    whose = "" if exact else "; the base tokenizer is not exact either"
     return f"{path}, line {number}: {wanted!r} comes back as {got!r}{whose}"
 
 
@@ -997,13 +998,11 @@ def check_saved(config: Config, folder: Path, new: NewWords) -> None:
         Tokenizer.from_file(str(folder / "tokenizer.json")),
         AutoTokenizer.from_pretrained(folder).backend_tokenizer,
     )
-    contents = [form.content for form in new.forms]
     sentence = " ".join(["a", *new.words[:1000]])
     for tokenizer in loaded:
-        ids = [tokenizer.token_to_id(content) for content in contents]
-        if ids != [*range(new.first_new_id, new.first_new_id + len(contents))] or (
-            tokenizer.encode(sentence).ids != new.tokenizer.encode(sentence).ids
-        ):
+        ids = [tokenizer.token_to_id(form.content) for form in new.forms]
+        same = ids == [*range(new.first_new_id, new.first_new_id + len(ids))]
+        if not same or tokenizer.encode(sentence).ids != new.tokenizer.encode(sentence).ids:
             raise UserError(
                 f"model_name {config.model_name!r}: its tokenizer.json gives some tokens ids that"
                 " change when it is loaded again, so new words would get others' ids; repair its"

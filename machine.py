@@ -372,15 +372,33 @@ def device_name(worker: Worker) -> str:
     return torch.cuda.get_device_name() if worker.device.type == "cuda" else "CPU"
 
 
-def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the host, pinned beside a GPU; a save is written from the copies.
+def host_memory(num_bytes: int) -> Tensor:
+    """Make host memory, uint8. Beside a GPU it is pinned: the card copies to and from it by itself.
 
-    torch keeps pinned memory and gives it out again, so only the first save allocates. Training
-    waits for this copy alone: 0.034 s for the 14B's 1.69 GiB (tests/bench/bench_save.py).
+    torch's own pinned memory has a power of two as its size: up to twice what is needed.
+
+    Raises: RuntimeError if the host cannot give or pin so much
+    """
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    if num_bytes and torch.cuda.is_initialized():
+        place, cuda = memory.data_ptr(), torch.cuda.cudart()
+        torch.cuda.check_error(cuda.cudaHostRegister(place, num_bytes, 0))
+        weakref.finalize(memory, cuda.cudaHostUnregister, place)
+    return memory
+
+
+def host_copies(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the host; a save is written from the copies.
+
+    Training waits for this copy alone: 0.034 s for the 14B's 1.69 GiB (tests/bench/bench_save.py).
+    buffers: host memory by name. It is empty before a run's first save, whose buffers the later
+    saves use again: so the save before must be written by then.
     """
     copies = {}  # all copies are started first, and then waited for once
     for name, tensor in tensors.items():
-        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        if name not in buffers:
+            buffers[name] = host_memory(tensor.nbytes)
+        copies[name] = buffers[name].view(tensor.dtype).view(tensor.shape)
         copies[name].copy_(tensor, non_blocking=True)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -437,9 +455,7 @@ def memory_plan(
         "loss chunk or one layer": max(loss + tokens * hidden * 10, layer),
     }
     plan["total"] = sum(plan.values())  # all parts are on the card at the peak
-    # torch pins a buffer as the next power of two.
-    plan["host memory"] = num_sets * 2 ** math.ceil(math.log2(row_set))
-    plan["host memory"] += width * table.numel() * (not tied)
+    plan["host memory"] = num_sets * row_set + width * table.numel() * (not tied)
     return {name: size / GIB for name, size in plan.items()}
 
 
@@ -580,46 +596,18 @@ def recomputing(forward: Callable) -> Callable:
 
 
 def linear_dequantized_once(module: torch.nn.Module, x: Tensor) -> Tensor:
-    """Do what an NF4 layer does; in a recomputed layer backward finds the dequantized matrix."""
+    """Do what an NF4 layer does; in a recomputed layer, backward finds the dequantized matrix.
+
+    bitsandbytes dequantizes a matrix for the forward pass, for the recomputed one and for backward.
+    Here autograd keeps what the forward pass made, and `checkpoint` drops that until it is
+    recomputed. So a matrix is made twice. Those of a 14B layer take 0.4 GiB while it is at work.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
     if not torch.is_grad_enabled() or x.dtype != module.compute_dtype:
         return type(module).forward(module, x)
-    return DequantizedOnce.apply(x, module)
-
-
-class DequantizedOnce(torch.autograd.Function):
-    """This is x @ W.T + bias for an NF4 matrix W.
-
-    bitsandbytes dequantizes W for the forward pass, for the recomputed one and for backward. Here
-    autograd keeps what the forward pass made, and `checkpoint` drops that until it is recomputed.
-    So a layer's matrices are made twice, and take 0.4 GiB of the 14B while one layer is at work.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, module: torch.nn.Module) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        matrix = dequantize_4bit(module.weight, module.weight.quant_state).to(x.dtype)  # (out, in)
-        ctx.save_for_backward(matrix)
-        return torch.nn.functional.linear(x, matrix, module.bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.saved_tensors[0], None
-
-
-def pinned_memory(num_bytes: int) -> Tensor:
-    """Make host memory that a card copies from and to by itself, unpinned when it is collected.
-
-    torch's own pinned memory has a power of two as its size: up to twice what is needed.
-
-    Raises: RuntimeError if the host cannot give or pin so much
-    """
-    memory, cuda = torch.empty(num_bytes, dtype=torch.uint8), torch.cuda.cudart()
-    if num_bytes:
-        place = memory.data_ptr()
-        torch.cuda.check_error(cuda.cudaHostRegister(place, num_bytes, 0))
-        weakref.finalize(memory, cuda.cudaHostUnregister, place)
-    return memory
+    matrix = dequantize_4bit(module.weight, module.weight.quant_state).to(x.dtype)  # (out, in)
+    return torch.nn.functional.linear(x, matrix, module.bias)
 
 
 class Parking:
@@ -640,7 +628,7 @@ class Parking:
         self.weights = {p.untyped_storage().data_ptr() for p in overlay.body.parameters()}
         num_parked, (layer, inputs, _) = self.takes(self.num_layers), sizes
         waiting = num_parked * layer + (self.num_layers - num_parked) * inputs
-        self.host = pinned_memory(int(waiting) if num_parked else 0)
+        self.host = host_memory(int(waiting) if num_parked else 0)
 
     def takes(self, count: int) -> int:
         """Say how many of the first `count` layers can be parked, if the inputs of the others wait.
@@ -661,11 +649,11 @@ class Parking:
                 return forward(*arguments, **keywords)
             if begins_pass:
                 self.layers, self.used = [], 0
-            layer = types.SimpleNamespace(number=len(self.layers), notes=[])
+            layer = types.SimpleNamespace(number=len(self.layers), on_host=[], on_card=[])
             self.layers.append(layer)
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 output = forward(*arguments, **keywords)
-            layer.copied = self.copy([(note.host, note.card) for note in layer.notes])
+            layer.copied = self.copy(layer.on_host, layer.on_card)
             if layer.number >= COPIES_BEHIND:
                 self.leave_card(self.layers[layer.number - COPIES_BEHIND])
             return output
@@ -673,45 +661,36 @@ class Parking:
         return call
 
     def pack(self, tensor: Tensor) -> object:
-        """Give autograd a note in the place of a tensor that it wants to save."""
+        """Give autograd the layer and a number, in the place of a large activation to be saved.
+
+        Weights stay on the card, and so does what has gaps or finds no room on the host.
+        """
         # With its grad_fn the tensor would hold itself through autograd, if a pass breaks off.
         tensor = tensor.detach()
-        host = self.host_memory(tensor)
-        if host is None:
-            return tensor
-        note = types.SimpleNamespace(
-            layer=self.layers[-1], host=host, card=tensor.as_strided(host.shape, (1,)),
-            shape=(tensor.shape, tensor.stride()),
-        )  # fmt: skip
-        note.layer.notes.append(note)
-        return note
-
-    def host_memory(self, tensor: Tensor) -> Tensor | None:
-        """Find a place for a large activation without gaps; None for others and without room."""
-        if tensor.nbytes < PARKED_BYTES or tensor.untyped_storage().data_ptr() in self.weights:
-            return None
+        is_weight = tensor.untyped_storage().data_ptr() in self.weights
         reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
-        if reach != tensor.numel():
-            return None
-        start, end = self.used, self.used + tensor.nbytes
-        if end > len(self.host):
-            return None
+        end = self.used + tensor.nbytes
+        has_gaps, is_full = reach != tensor.numel(), end > len(self.host)
+        if tensor.nbytes < PARKED_BYTES or is_weight or has_gaps or is_full:
+            return tensor
+        host = self.host[self.used : end].view(tensor.dtype)
         self.used = end + -end % 512  # a place for any dtype
-        return self.host[start:end].view(tensor.dtype)
+        layer = self.layers[-1]
+        layer.on_host.append(host.as_strided(tensor.shape, tensor.stride()))
+        layer.on_card.append(tensor)
+        return layer, len(layer.on_card) - 1
 
-    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "torch.cuda.Event":
-        """Begin to copy the second of each pair to the first -> an event at the end of that."""
+    def copy(self, targets: list[Tensor], sources: list[Tensor]) -> "torch.cuda.Event":
+        """Begin to copy each source to its target -> an event at the end of that."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for target, source in pairs:
+            for target, source in zip(targets, sources):
                 target.copy_(source, non_blocking=True)
         return self.stream.record_event()
 
     def leave_card(self, layer: types.SimpleNamespace) -> None:
         torch.cuda.current_stream().wait_event(layer.copied)
-        for note in layer.notes:
-            note.card = None
-        layer.copied = None
+        layer.on_card = None
 
     def end_forward(self, forward: Callable) -> Callable:
         """Wrap the forward of the last layer: wait for all copies; fetch when backward begins."""
@@ -729,20 +708,20 @@ class Parking:
 
     def fetch(self, layer: types.SimpleNamespace) -> None:
         """Begin to copy a layer's activations back, unless that has begun."""
-        if not layer.copied:
-            for note in layer.notes:
-                note.card = torch.empty_like(note.host, device="cuda")
-            layer.copied = self.copy([(note.card, note.host) for note in layer.notes])
+        if layer.on_card is None:
+            layer.on_card = [torch.empty_like(tensor, device="cuda") for tensor in layer.on_host]
+            layer.copied = self.copy(layer.on_card, layer.on_host)
 
-    def unpack(self, note: object) -> Tensor:
+    def unpack(self, saved: object) -> Tensor:
         """Give autograd its tensor back, and begin to fetch those of the layer below."""
-        if isinstance(note, Tensor):
-            return note
-        for layer in (note.layer, self.layers[max(note.layer.number - 1, 0)]):
-            self.fetch(layer)
-        torch.cuda.current_stream().wait_event(note.layer.copied)
-        tensor, note.card = note.card, None
-        return tensor.as_strided(*note.shape)
+        if isinstance(saved, Tensor):
+            return saved
+        layer, index = saved
+        self.fetch(layer)
+        self.fetch(self.layers[max(layer.number - 1, 0)])
+        torch.cuda.current_stream().wait_event(layer.copied)
+        tensor, layer.on_card[index] = layer.on_card[index], None
+        return tensor
 
 
 # ---- Fused pieces --------------------------------------------------------------------------------
@@ -795,14 +774,17 @@ def fuse_rotary(layers: torch.nn.ModuleList, probe: Tensor) -> None:
     passes would not show an error of 5 %, because their rounding is larger
     """
     modeling, rotary = find_rotary(layers)
-    if not rotary or list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    names = list(inspect.signature(rotary).parameters) if rotary else []
+    if names[:4] != ["q", "k", "cos", "sin"]:
         return
     fused = compiled_in_training(rotary)
+    if "unsqueeze_dim" in names:
+        fused = tokens_before_heads(fused)
     width = getattr(getattr(layers[0], "self_attn", None), "head_dim", 64)
 
     def turn(function: Callable, probe: Tensor) -> Tensor:
-        q, k, cos, sin = probe.split(2)  # (2, 64, width) each
-        return torch.stack(function(q[:, None], k[:, None], cos.detach(), sin.detach()))
+        q, k, cos, sin = probe.unflatten(1, (4, 16)).split(2)  # (2, 4 heads, 16, width) each
+        return torch.stack(function(q, k, cos[:, 0].detach(), sin[:, 0].detach()))
 
     eager, ours = (
         forward_and_gradient(functools.partial(turn, function), probe[..., :width])
@@ -812,6 +794,24 @@ def fuse_rotary(layers: torch.nn.ModuleList, probe: Tensor) -> None:
     if difference > PIECE_TOLERANCE:
         raise RuntimeError(f"fused rotary embedding differs from the eager one by {difference:.2g}")
     modeling.apply_rotary_pos_emb = fused
+
+
+def tokens_before_heads(rotary: Callable) -> Callable:
+    """Let a function for rotary embedding work on (B, T, heads, D) instead of (B, heads, T, D).
+
+    That is how q and k lie in memory, and how their gradients come back from attention. A compiled
+    function copies gradients that lie otherwise: 8 of the 553 ms of a 14B step of 8 x 512 tokens
+    (one H200, 2026-11-26).
+    """
+
+    def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more, **named):
+        if more or named:
+            return rotary(q, k, cos, sin, *more, **named)
+        q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    call.original = rotary.original
+    return call
 
 
 def forward_and_gradient(forward: Callable, probe: Tensor) -> list[Tensor]:
@@ -1172,7 +1172,7 @@ def find_parking(
     import psutil
 
     size = plan.micro_batch_size
-    saves = 2 * (overlay.input_rows.nbytes + overlay.logit_rows.nbytes)  # torch pins powers of two
+    saves = sum(rows.nbytes for rows in {overlay.input_rows, overlay.logit_rows})
     room = psutil.virtual_memory().available - saves - HOST_SPARE_GIB * GIB
     room /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this host
     room = min(room, math.inf if config.max_host_gib is None else config.max_host_gib * GIB)
@@ -1193,7 +1193,7 @@ def bus_bytes(overlay: WakeOverlay, batch: StepBatch, size: int) -> float:
     embeds = overlay.embed(batch.x[:size], batch.base_embeds[:size]).detach().requires_grad_()
     card = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     host = torch.empty_like(card, device="cpu", pin_memory=True)
-    seconds_ratios = []
+    ratios = []
     for _ in range(3):  # the first time warms up, and a busy host makes a pass look longer
         begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         begin.record()
@@ -1203,8 +1203,8 @@ def bus_bytes(overlay: WakeOverlay, batch: StepBatch, size: int) -> float:
         overlay.body(inputs_embeds=embeds, use_cache=False)
         end.record()
         end.synchronize()
-        seconds_ratios.append(copied.elapsed_time(end) / begin.elapsed_time(copied))
-    return 32 * len(host) * min(seconds_ratios) / len(overlay.layers)
+        ratios.append(copied.elapsed_time(end) / begin.elapsed_time(copied))
+    return 32 * len(host) * min(ratios) / len(overlay.layers)
 
 
 def measure_peak(

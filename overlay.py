@@ -20,8 +20,8 @@ R and S are all that is trained. Some models scale or cap their logits, or add a
 says how. The loss makes the gradient of S itself. The gradient of R comes from the backward pass
 through the body: a row of R gets the sum of the input embeddings' gradients wherever its word
 stands. The file has this order: rows and look-up, loss, one micro-batch, Adafactor, what rows
-share, first values, and last the models that cannot be served. A 14B step of 2,048 tokens spends 27
-of its 330 ms in the loss (one H100, 2026-11-22, docs/measurements.md).
+share, first values, and last the models that cannot be served. A 14B step of 2,048 tokens spends 22
+of its 286 ms in the loss (one H200, 2026-11-26, docs/measurements.md).
 """
 
 import contextlib
@@ -389,6 +389,7 @@ def chunked_cross_entropy(
         )
         if grad is not None:
             add_gradients_of_new_rows_(d_new, hidden, new_rows, grad, new_rows_grad, scale)
+        del d_new  # before the next group makes its own: 345 MiB for 44,223 words
     return losses, grad_hidden
 
 
@@ -412,6 +413,7 @@ def cross_entropy_of_group(
         )
         if grad_hidden is not None:
             grad_hidden[chunk] = matmul_fp32(as_operand(base_logits, hidden.dtype), base_rows)
+        del base_logits  # before the next chunk makes its own
     return losses, new_logits
 
 

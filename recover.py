@@ -29,7 +29,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -46,13 +45,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 
+import huggingface_hub
 import psutil
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import normalize
 
 if "check_environment" not in globals():
     from env_shim import apply, check_environment, installed_version
@@ -219,24 +221,35 @@ def check_sentry(path: Path, expected: dict) -> Sentry:
     """
     try:
         sentry = check_files(path, expected)
-        with open_tensors(path / "rows.safetensors") as stored:
-            for name in stored.keys():
-                blocks = stored.get_tensor(name).flatten().split(VALUES_AT_ONCE)
-                if not all(block.isfinite().all() for block in blocks):
-                    raise UserError(f"{path}: {name} holds NaN or infinity")
+        for name, tensor in mapped_tensors(path / "rows.safetensors").items():
+            blocks = tensor.flatten().split(VALUES_AT_ONCE)
+            if not all(block.isfinite().all() for block in blocks):
+                raise UserError(f"{path}: {name} holds NaN or infinity")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     return sentry
 
 
-def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file; a tensor is mapped when it is asked for. Raises: UserError."""
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file, safetensors or a base model's pytorch_model.bin.
+
+    Only tensors are taken from a .bin, which is a pickle.
+    Raises: UserError
+    """
+    if not path.is_file():  # of a base model; a sentry's files were looked for before
+        raise UserError(f"{path}: missing; --base names another model folder")
     try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:  # a sentry's files were looked for before
-        raise UserError(f"{path}: missing; --base names another model folder") from None
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with safe_open(path, "pt") as stored:
+            return stored.get_tensors()
     except SafetensorError:
         raise UserError(f"{path}: not a safetensors file") from None
+    except (RuntimeError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: cannot be mapped; load the model once with transformers, save it with"
+            f" save_pretrained, and give that folder as --base ({one_line(error)[:150]})"
+        ) from None
 
 
 # ---- Pick ----------------------------------------------------------------------------------------
@@ -261,11 +274,6 @@ def sentry_folders(*folders: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda entry: -entry[0])
 
 
-def committed_sentries(folder: Path) -> list[tuple[int, Path]]:
-    """List (step, path) of the sentries with a marker, the newest first."""
-    return [(step, path) for step, path in sentry_folders(folder) if (path / MARKER).exists()]
-
-
 def by_held_out_loss(*folders: Path) -> list[Path]:
     """List the sentries that were saved at an evaluation, the lowest held-out loss first."""
     found = []
@@ -274,6 +282,12 @@ def by_held_out_loss(*folders: Path) -> list[Path]:
             if (loss := read_marker(path)[0].get("val_loss")) is not None:
                 found.append((loss, -step, path))
     return [path for _, _, path in sorted(found, key=lambda entry: entry[:2])]
+
+
+def newest_and_best(folder: Path, num: int) -> list[Path]:
+    """List the newest `num` sentries with a marker, and the one with the lowest held-out loss."""
+    newest = [path for _, path in sentry_folders(folder) if (path / MARKER).exists()][:num]
+    return newest + by_held_out_loss(folder)[:1]
 
 
 def pick_sentry(
@@ -285,15 +299,15 @@ def pick_sentry(
     "best" is the one with the lowest held-out loss.
     Raises: UserError if there are saves and none can be continued, or if `step` is missing
     """
-    skipped, wanted = [], sentry_folders(*folders)
+    skipped = []
+    wanted = [path for number, path in sentry_folders(*folders) if step in (None, number)]
     if step == "best":
-        wanted = [(step, path) for path in by_held_out_loss(*folders)]
-    for number, path in wanted:
-        if step in (None, number):
-            try:
-                return check_sentry(path, expected), skipped
-            except UserError as error:
-                skipped += error.problems
+        wanted = by_held_out_loss(*folders)
+    for path in wanted:
+        try:
+            return check_sentry(path, expected), skipped
+        except UserError as error:
+            skipped += error.problems
     if step is not None:
         places = ", ".join(map(str, folders))
         which = "an evaluated step" if step == "best" else f"step {step}"
@@ -323,7 +337,7 @@ def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
 
     Call it only after the newest sentry was proved whole.
     """
-    kept = [path for _, path in committed_sentries(folder)[:keep]] + by_held_out_loss(folder)[:1]
+    kept = newest_and_best(folder, keep)
     for step, path in sentry_folders(folder):
         if path not in (*kept, spare):
             (path / MARKER).unlink(missing_ok=True)  # from here on it is no sentry
@@ -380,13 +394,15 @@ class SentryWriter:
         self, local: Path, durable: Path, keep: int, say: Callable = print, first_step: int = 0
     ):
         self.local, self.durable, self.keep, self.say = local, durable, keep, say
+        self.copy_file = link_or_copy if durable.parent == local.parent else shutil.copyfile
         self.first_step = first_step  # local sentries from here on are known to be whole
+        self.pool = ThreadPoolExecutor(1)  # its thread writes one save after another
         self.writing: Future | None = None
         self.lock = threading.Lock()  # over `copying`, `in_copy`, and what is deleted locally
         self.copying: threading.Thread | None = None
         self.in_copy: Path | None = None
         self.copy_began = 0.0
-        self.copied: list[Path] = []  # these are in `durable`, copied or found there
+        self.copied: list[int] = []  # these steps are in `durable`, copied or found there
         self.warned = False
         self.start_copying()
 
@@ -396,9 +412,7 @@ class SentryWriter:
         The tensors must not change until the next `finish_local` returns.
         """
         self.finish_local()
-        pool = ThreadPoolExecutor(1)
-        self.writing = pool.submit(self.write, tensors, texts, state)
-        pool.shutdown(wait=False)  # its thread ends with this save
+        self.writing = self.pool.submit(self.write, tensors, texts, state)
 
     def write(self, tensors: dict[str, Tensor], texts: dict[str, str], state: dict) -> None:
         try:
@@ -415,19 +429,10 @@ class SentryWriter:
         with self.lock:
             prune(self.local, self.keep, spare=self.in_copy)
 
-    @property
-    def durable_step(self) -> int | None:
-        return max((int(path.name[5:]) for path in self.copied), default=None)
-
-    def to_copy(self) -> dict[Path, int]:
-        """Name the newest and the best local sentry: path -> step."""
-        local = committed_sentries(self.local)
-        steps = {path: step for step, path in local if step >= self.first_step}
-        wanted = [*list(steps)[:1], *by_held_out_loss(self.local)[:1]]
-        return {path: steps[path] for path in wanted if path in steps}
-
-    def newest_local(self) -> int | None:
-        return max(self.to_copy().values(), default=None)
+    def to_copy(self) -> list[int]:
+        """List the steps of the newest and the best local sentry, of those known to be whole."""
+        steps = [int(path.name[5:]) for path in newest_and_best(self.local, 1)]
+        return [step for step in steps if step >= self.first_step]
 
     def start_copying(self) -> None:
         """Have a thread copy what is not copied; warn once if the copy before is stuck."""
@@ -443,36 +448,36 @@ class SentryWriter:
 
     def copy(self) -> None:
         """Copy the newest local sentry and the best one, until each was tried."""
-        copy, tried = shutil.copyfile, []
-        if self.durable.parent == self.local.parent:
-            copy = link_or_copy
+        tried = []
         while True:
             with self.lock:
-                waiting = [p for p in self.to_copy() if p not in (*tried, *self.copied)]
+                waiting = [s for s in self.to_copy() if s not in (*tried, *self.copied)]
                 if not waiting:
                     self.in_copy = self.copying = None
                     return
                 # In turn: new saves may come faster than a slow folder takes one.
-                self.in_copy = path = waiting[-(len(tried) % 2)]
-            tried.append(path)
-            step, self.copy_began = int(path.name[5:]), time.monotonic()
+                step = waiting[-(len(tried) % 2)]
+                self.in_copy = self.local / f"step_{step:06d}"
+            tried.append(step)
+            self.copy_began = time.monotonic()
             try:
-                copy_sentry(path, self.durable, copy)
+                copy_sentry(self.in_copy, self.durable, self.copy_file)
                 prune(self.durable, self.keep)
             except (OSError, ValueError) as error:
                 self.warn(f"refuses: {error}")
                 continue
-            self.copied.append(path)
+            self.copied.append(step)
             if self.warned:
                 self.say(f"{self.durable} answers again; step {step} is there, verified")
             self.warned = False
 
     def warn(self, what: str) -> None:
         if not self.warned:
-            since = "all steps" if self.durable_step is None else f"steps after {self.durable_step}"
+            since = f"steps after {max(self.copied)}" if self.copied else "all steps"
             self.say(
-                f"warning: {self.durable} {what}; {since} up to {self.newest_local()} are on the"
-                " local disk only. Training goes on, and copying when the folder answers again."
+                f"warning: {self.durable} {what}; {since} up to {max(self.to_copy(), default=None)}"
+                " are on the local disk only. Training goes on, and copying when the folder answers"
+                " again."
             )
         self.warned = True
 
@@ -495,9 +500,9 @@ class SentryWriter:
         # A copy in progress kept its sentry from being deleted. One save too many is no loss.
         with contextlib.suppress(OSError, UserError):
             self.prune_local()
-        step = self.newest_local()
-        if self.durable != self.local and step not in (None, self.durable_step):
-            held = "nothing" if self.durable_step is None else f"step {self.durable_step}"
+        copied, step = max(self.copied, default=None), max(self.to_copy(), default=None)
+        if self.durable != self.local and step not in (None, copied):
+            held = "nothing" if copied is None else f"step {copied}"
             self.say(
                 f"warning: {self.durable} holds {held}; step {step} is in {self.local} alone:"
                 " copy it by hand before this machine goes away"
@@ -512,13 +517,10 @@ def run_settings(run_dir: Path) -> dict:
     path = run_dir / "config.yaml"
     if not path.is_file():
         return {}
-    try:
-        settings = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError:  # bytes that are not UTF-8 raise it too
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: not readable; delete it, train.py writes it again")
-    return settings
+    with contextlib.suppress(yaml.YAMLError):  # bytes that are not UTF-8 raise it too
+        if isinstance(settings := yaml.safe_load(path.read_bytes()), dict):
+            return settings
+    raise UserError(f"{path}: not readable; delete it, train.py writes it again")
 
 
 def read_tokenizer_file(run_dir: Path, name: str, read: Callable):
@@ -556,7 +558,8 @@ def sentry_folders_and_identity(run_dir: Path) -> tuple[list[Path], dict]:
 
 
 def started_in(run_dir: Path) -> Path:
-    """Name the folder that relative paths in a run's settings begin in; not known: this one."""
+    """Name the folder in which relative paths of a run's settings begin. If the run does not say
+    so, it is the current folder."""
     try:
         return Path(read_json(run_dir / "tokenizer" / "report.json").get("started_in", ""))
     except (OSError, ValueError):
@@ -648,49 +651,26 @@ def saved_words(run_dir: Path) -> SavedWords:
     report = read_tokenizer_file(run_dir, "report.json", read_json)
     tokenizer = read_tokenizer_file(run_dir, "tokenizer.json", Tokenizer.from_file)
     words, texts, base_ids = read_tokenizer_file(run_dir, "words.tsv", words_table_columns)
-    first, sha256 = report["base_size"], report["new_words_sha256"]
+    first, num, sha256 = report["base_size"], report["new_tokens"], report["new_words_sha256"]
     tokens = [tokenizer.id_to_token(i) or "" for i in range(first, first + len(words))]
     if new_words_hash(words, first) != sha256 or texts != list(map(shown_content, tokens)):
         raise UserError(f"{run_dir / 'tokenizer'}: its files are not of the same words")
     spellings = [[int(i) for i in ids.split()] for ids in base_ids]
-    return SavedWords(
-        first, report["new_tokens"], words, spellings, sha256, tokenizer, report["load_with"]
-    )
+    return SavedWords(first, num, words, spellings, sha256, tokenizer, report["load_with"])
 
 
 def base_file(config: Config, name: str) -> Path:
     """Find a file of the base model in its local folder or on the hub; it may not exist."""
     folder = Path(config.model_name).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import errors, snapshot_download
-
         wanted = {"revision": config.model_revision, "allow_patterns": [name]}
         try:
-            folder = Path(snapshot_download(config.model_name, **wanted))
-        except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError):
+            folder = Path(huggingface_hub.snapshot_download(config.model_name, **wanted))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
             raise UserError(
                 f"model {folder}: neither a local folder nor on the hub; --base names its folder"
             ) from None
     return folder / name
-
-
-def mapped_tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a checkpoint's file, safetensors or pytorch_model.bin. Raises: UserError.
-
-    Only tensors are taken from a .bin, which is a pickle.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: missing; --base names another model folder")
-    if path.suffix != ".bin":
-        with open_tensors(path) as stored:
-            return stored.get_tensors()
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
-        raise UserError(
-            f"{path}: cannot be mapped; load the model once with transformers, save it with"
-            f" save_pretrained, and give that folder as --base ({one_line(error)[:150]})"
-        ) from None
 
 
 def weight_files(config: Config) -> dict[str, str]:
@@ -706,13 +686,13 @@ def weight_files(config: Config) -> dict[str, str]:
 @dataclasses.dataclass(frozen=True)
 class BaseTables:
     """This says where the base model keeps its two tables: the tensors' names and files, and the
-    paths of the modules that hold them, which may be called otherwise. head is None if the files
-    hold no head of its own."""
+    paths of the modules that hold them, which may be called otherwise. If the files hold no head,
+    `head` is the name that one would get, and weight_map lacks it."""
 
     config: Config
     weight_map: dict[str, str]
     embedding: str
-    head: str | None
+    head: str
     embedding_path: str
     head_path: str
     tied: bool
@@ -774,46 +754,34 @@ def base_tables(config: Config, model: torch.nn.Module | None = None) -> BaseTab
                 f"model {config.model_name}: no one tensor in its files is that of {path}; found"
                 f" {', '.join(tables[:8])}"
             )
-    return BaseTables(config, weight_map, embedding, head, *paths, tied)
+    return BaseTables(config, weight_map, embedding, head or "lm_head.weight", *paths, tied)
 
 
 # ---- Export --------------------------------------------------------------------------------------
 
-FOUR_BITS = """
-
-In 4 bits it takes a quarter of the memory. Import `BitsAndBytesConfig` from transformers, and give
-the model `quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-bnb_4bit_use_double_quant=True)` beside `dtype`."""
-LOADING = {
-    "rows": """`rows.safetensors` holds `input_rows`, and `output_rows` if the head has its own,
-fp32, row i for the i-th line of `words.txt`; `rows.json` names model, words and ids.""",
-    "merged": """```python
-from transformers import {auto}, {tokenizer}
+ROWS_ALONE = """`rows.safetensors` holds `input_rows`, and `output_rows` if the head has its own,
+fp32, row i for the i-th line of `words.txt`; `rows.json` names model, words and ids."""
+FOUR_BITS = """In 4 bits it takes a quarter of the memory. Import `BitsAndBytesConfig` from
+transformers, and give the model `quantization_config=BitsAndBytesConfig(load_in_4bit=True,
+bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)` beside `dtype`."""
+LOADING = {  # the Python code of a card
+    "merged": """from transformers import {auto}, {tokenizer}
 
 tokenizer = {tokenizer}.from_pretrained("{folder}")
-model = {auto}.from_pretrained("{folder}", dtype="auto")
-```"""
-    + FOUR_BITS,
-    "peft": """```python
-from peft import AutoPeftModelForCausalLM
+model = {auto}.from_pretrained("{folder}", dtype="auto")""",
+    "peft": """from peft import AutoPeftModelForCausalLM
 from transformers import {tokenizer}
 
 tokenizer = {tokenizer}.from_pretrained("{folder}")
-model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-```
-
-If the head is tied and takes the same rows, PEFT warns of a missing lm_head key."""
-    + FOUR_BITS,
-    "resized peft": """```python
-from peft import PeftModel
+# If the head is tied and takes the same rows, PEFT warns of a missing lm_head key.
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="auto")""",
+    "resized peft": """from peft import PeftModel
 from transformers import {auto}, {tokenizer}
 
 tokenizer = {tokenizer}.from_pretrained("{folder}")
 model = {auto}.from_pretrained("{model}", dtype="auto"){untie}
 model.resize_token_embeddings({size}, mean_resizing=False)
-model = PeftModel.from_pretrained(model, "{folder}")
-```"""
-    + FOUR_BITS,
+model = PeftModel.from_pretrained(model, "{folder}")""",
 }
 UNTIE = """
 import torch
@@ -854,10 +822,9 @@ def export(
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    words = None
     try:
-        if form != "rows":
-            words = saved_words(run_dir)  # proves the tokenizer whole
+        words = None if form == "rows" else saved_words(run_dir)  # proves the tokenizer whole
+        if words:
             own = shutil.ignore_patterns("report.json", "words.tsv")  # paths of this machine
             shutil.copytree(run_dir / "tokenizer", part, ignore=own, dirs_exist_ok=True)
         write = {"rows": export_rows, "peft": export_peft, "merged": export_merged}[form]
@@ -890,9 +857,11 @@ def put_in_place(part: Path, out: Path) -> list[str]:
 
 def how_to_load(form: str, facts: dict, words: SavedWords | None, part: Path) -> str:
     """Write the card's section on loading; `words` is None for rows, which have no tokenizer."""
-    tokenizer = words.load_with if words else ""
-    text = LOADING[facts.get("loading", form)].format(tokenizer=tokenizer, **facts)
-    if form != "merged":
+    if words is None:
+        return ROWS_ALONE
+    code = LOADING[facts.get("loading", form)].format(tokenizer=words.load_with, **facts)
+    text = f"```python\n{code}\n```\n\n{FOUR_BITS}"
+    if form == "peft":
         return text
     kind = "byte-level"
     if is_sentencepiece(words.tokenizer):
@@ -903,35 +872,30 @@ def how_to_load(form: str, facts: dict, words: SavedWords | None, part: Path) ->
 @contextlib.contextmanager
 def hub_errors_in_one_line() -> Iterator[None]:
     """Turn what the hub and the network refuse into a UserError."""
-    from huggingface_hub import errors
-
-    network = errors.HfHubHTTPError.__bases__[0]  # httpx's base of all errors, or requests'
+    network = HfHubHTTPError.__bases__[0]  # httpx's base of all errors, or requests'
     try:
         yield
-    except (OSError, network, errors.HFValidationError) as error:
+    except (OSError, network, HFValidationError) as error:
         raise UserError(f"--push: {one_line(error)}") from error
 
 
 def check_login(repo: str) -> None:
     """Ask the hub who is logged in, before minutes are spent on files. Raises: UserError."""
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
     with hub_errors_in_one_line():
         validate_repo_id(repo)
-        HfApi().whoami()
+        huggingface_hub.whoami()
 
 
 def upload(out: Path, names: list[str], repo: str, message: str) -> None:
     """Show what is sent, and send it: the files of this export alone. Raises: UserError."""
-    from huggingface_hub import HfApi
-
     print(f"to the hub as {repo}, private if it is new:")
     for name in names:
         print(f"  {size_text((out / name).stat().st_size):>8}  {name}", flush=True)
     with hub_errors_in_one_line():
-        HfApi().create_repo(repo, private=True, exist_ok=True)
-        commit = HfApi().upload_folder(
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
             repo_id=repo, folder_path=out, allow_patterns=names, commit_message=message
         )
     print(commit.commit_url)
@@ -964,36 +928,33 @@ def export_peft(sentry: Sentry, config: Config, part: Path) -> dict:
     """
     rows, state, base = trained_rows(sentry), sentry.state, base_tables(config)
     first, size = state["first_new_id"], state["first_new_id"] + state["num_new_tokens"]
-    if (base.head or "").removesuffix("weight") + "bias" in base.weight_map:
+    if base.head.removesuffix("weight") + "bias" in base.weight_map:
         raise UserError(
             "export: the model's head has a bias, which PEFT's trainable tokens leave out; use"
             " --format merged"
         )
     separate = "output_rows" in rows
-    modules = {base.embedding_path: (base.embedding, rows["input_rows"])}
+    new_rows = {base.embedding_path: rows["input_rows"]}
     if separate or not base.tied:
-        table = base.embedding if base.tied else base.head
-        modules[base.head_path] = table, rows["output_rows" if separate else "input_rows"]
+        new_rows[base.head_path] = rows.get("output_rows", rows["input_rows"])
+    num_base = len(base.table(base.embedding, first))
     tensors = {}
-    for path, (name, new) in modules.items():
-        table = base.table(name, first)
+    for path, new in new_rows.items():
         # A copy for each side, because safetensors refuses to write the same memory twice.
-        rows = longer_table(new[:0], new, first - len(table))
-        tensors[f"base_model.model.{path}.trainable_tokens_delta"] = rows
+        table = longer_table(new[:0], new, first - num_base)
+        tensors[f"base_model.model.{path}.trainable_tokens_delta"] = table
     save_tensors(tensors, part / "adapter_model.safetensors")
     write_json(part / "adapter_config.json", {
         "peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": state["model_name"], "revision": state["model_revision"],
-        "target_modules": list(modules), "init_weights": True,
-        "token_indices": list(range(len(table), size)),
+        "target_modules": list(new_rows), "init_weights": True,
+        "token_indices": list(range(num_base, size)),
     })  # fmt: skip
     auto, untie = auto_class(config).__name__, UNTIE if base.tied and separate else ""
+    facts = {"model": state["model_name"], "size": size, "auto": auto, "untie": untie}
     # AutoPeftModelForCausalLM brings the base to the right size; it unties no head.
-    loading = "peft" if auto == "AutoModelForCausalLM" and not untie else "resized peft"
-    return {
-        "model": state["model_name"], "size": size, "auto": auto, "untie": untie,
-        "loading": loading,
-    }  # fmt: skip
+    loads_alone = auto == "AutoModelForCausalLM" and not untie
+    return facts | {"loading": "peft" if loads_alone else "resized peft"}
 
 
 def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
@@ -1006,36 +967,34 @@ def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
             of 1,913 each (tests/bench/measure_merge.py --hidden 5120, 2 CPU cores, 2026-11-25).
             The files that are read are mapped, and the system takes their pages back
     """
-    rows, first = trained_rows(sentry), sentry.state["first_new_id"]
-    base, separate = base_tables(config), "output_rows" in rows
+    first, num = sentry.state["first_new_id"], sentry.state["num_new_tokens"]
+    rows, base = trained_rows(sentry), base_tables(config)
+    separate, bias = "output_rows" in rows, base.head.removesuffix("weight") + "bias"
     weight_map, new_rows = dict(base.weight_map), {base.embedding: rows["input_rows"]}
-    if base.head or separate:
-        head = base.head or "lm_head.weight"
-        weight_map.setdefault(head, weight_map[base.embedding])
-        new_rows[head] = rows["output_rows" if separate else "input_rows"]
+    if base.head in weight_map or separate:
+        weight_map.setdefault(base.head, weight_map[base.embedding])
+        new_rows[base.head] = rows.get("output_rows", rows["input_rows"])
     total_size, shards = 0, sorted(set(weight_map.values()))
     for shard in shards:
         tensors = dict(mapped_tensors(base_file(config, shard)))  # written without being loaded
         for name in (name for name in new_rows if weight_map[name] == shard):
-            table, new = base.table(base.embedding if base.tied else name, first), new_rows[name]
-            tensors[name] = longer_table(table, new, first)
-            bias = f"{name.removesuffix('.weight')}.bias"
-            if bias in tensors:
-                tensors[bias] = longer_table(tensors[bias][:first], new.new_zeros(len(new)), first)
+            table = base.table(base.embedding if base.tied else name, first)
+            tensors[name] = longer_table(table, new_rows[name], first)
+        if bias in tensors:
+            tensors[bias] = longer_table(tensors[bias][:first], torch.zeros(num), first)
         save_tensors(tensors, part / safetensors_name(shard))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         weight_map = {name: safetensors_name(shard) for name, shard in weight_map.items()}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(part / "model.safetensors.index.json", index)
-    vocab_size = first + sentry.state["num_new_tokens"]
-    write_model_settings(config, part, vocab_size, tied=base.tied and not separate)
+    write_model_settings(config, part, first + num, tied=base.tied and not separate)
     return {"auto": auto_class(config).__name__}
 
 
 def write_model_settings(config: Config, part: Path, vocab_size: int, tied: bool) -> None:
-    """Write the base's config.json with the size of the longer tables, and copy its settings of
-    generation."""
+    """Write the base's config.json with the size of the longer tables, and copy the base's
+    generation_config.json."""
     settings = read_json(base_file(config, "config.json"))
     text = settings.get("text_config", settings)  # a section of its own in Gemma 3 4B
     text["vocab_size"] = vocab_size
@@ -1071,7 +1030,7 @@ def check_export(form: str, part: Path, sentry: Sentry, config: Config) -> str:
     the dtype of the files. If they cannot be computed here, the rows are read back by their names.
     Raises: UserError if the export computes something else, or if it cannot be loaded
     """
-    rows, first = trained_rows(sentry), sentry.state["first_new_id"]
+    rows = trained_rows(sentry)
     if reason := why_not_loaded(form, config):
         compare_rows(form, part, rows, base_tables(config))
         return f"its rows were read back, and no logits compared: {reason}"
@@ -1079,8 +1038,8 @@ def check_export(form: str, part: Path, sentry: Sentry, config: Config) -> str:
         found_by = load_export(form, part, sentry, config).eval()
     except Exception as error:  # a model's own code may raise anything
         raise UserError(f"export: it cannot be loaded back: {one_line(error)}") from error
-    base = load_stored(config, config.model_name, revision=config.model_revision).eval()
-    overlay = WakeOverlay(base, first, rows["input_rows"], rows.get("output_rows"))
+    base = load_stored(config, config.model_name).eval()
+    overlay = WakeOverlay(base, sentry.state["first_new_id"], **rows)
     ids = overlay.spread_ids(16)  # (1, 16)
     # Before the overlay is installed, because the two models may share parts.
     found = found_by(input_ids=ids, use_cache=False).logits.float()
@@ -1095,11 +1054,12 @@ def check_export(form: str, part: Path, sentry: Sentry, config: Config) -> str:
     return "loaded back: its logits are those of training"
 
 
-def load_stored(config: Config, name: str | Path, **settings):
-    """Load a model folder with plain transformers, on the CPU in the dtype of its files."""
+def load_stored(config: Config, name: str | Path):
+    """Load a model with plain transformers, on the CPU in the dtype of its files."""
     hide_bars_in_logs()
-    settings["trust_remote_code"] = config.trust_remote_code
-    return auto_class(config).from_pretrained(name, dtype="auto", **settings)
+    # transformers ignores the revision if `name` is a local folder, as an export is.
+    where = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    return auto_class(config).from_pretrained(name, dtype="auto", **where)
 
 
 def untie_head(model) -> None:
@@ -1116,11 +1076,11 @@ def load_export(form: str, part: Path, sentry: Sentry, config: Config):
         return load_stored(config, part)
     from peft import PeftModel
 
-    first, num = sentry.state["first_new_id"], sentry.state["num_new_tokens"]
-    model = load_stored(config, config.model_name, revision=config.model_revision)
+    model = load_stored(config, config.model_name)
     if is_tied(model) and "output_rows" in trained_rows(sentry):
         untie_head(model)
-    model.resize_token_embeddings(first + num, mean_resizing=False)
+    size = sentry.state["first_new_id"] + sentry.state["num_new_tokens"]
+    model.resize_token_embeddings(size, mean_resizing=False)
     return PeftModel.from_pretrained(model, part)
 
 
@@ -1138,30 +1098,26 @@ def why_not_loaded(form: str, config: Config) -> str:
 
 def compare_rows(form: str, part: Path, rows: dict[str, Tensor], base: BaseTables) -> None:
     """Raise a UserError if an export does not hold the rows where its loader looks for them."""
-    names = [base.embedding, base.head or "lm_head.weight"]
+    names = {"input_rows": base.embedding, "output_rows": base.head}
     if form == "peft":
-        paths = base.embedding_path, base.head_path
-        names = [f"base_model.model.{path}.trainable_tokens_delta" for path in paths]
+        paths = {"input_rows": base.embedding_path, "output_rows": base.head_path}
+        names = {side: f"base_model.model.{paths[side]}.trainable_tokens_delta" for side in paths}
     tensors = {}
     for path in part.glob("*.safetensors"):
         tensors |= mapped_tensors(path)
-    for name, side in zip(names, ("input_rows", "output_rows")):
-        wanted = rows.get(side)
-        if wanted is not None and not torch.equal(
-            tensors[name][-len(wanted) :], wanted.to(tensors[name].dtype)
-        ):
-            raise UserError(f"export: {name} does not hold the {side} that were trained")
+    for side, wanted in rows.items():
+        found = tensors[names[side]][-len(wanted) :]
+        if not torch.equal(found, wanted.to(found.dtype)):
+            raise UserError(f"export: {names[side]} does not hold the {side} that were trained")
 
 
 def model_card(sentry: Sentry, config: Config, loading: str, library: str | None) -> str:
     """Write README.md of an export: base, words, recipe, steps, losses, licence, loading."""
-    from huggingface_hub import ModelCardData
-
     state, name, licence = sentry.state, sentry.state["model_name"], base_licence(config)
     words = (sentry.path / "words.txt").read_text(encoding="utf-8").split()
     first, num = state["first_new_id"], state["num_new_tokens"]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    header = ModelCardData(
+    header = huggingface_hub.ModelCardData(
         base_model=name if on_hub else None, library_name=library, license=licence or "other",
         tags=["wake2vec"],
     )  # fmt: skip
@@ -1206,19 +1162,14 @@ def evaluations(sentry: Sentry) -> str:
 
 def base_licence(config: Config) -> str | None:
     """Find the licence that the base model's own card names."""
-    from huggingface_hub import metadata_load
-
     try:
-        return (metadata_load(base_file(config, "README.md")) or {}).get("license")
+        card = huggingface_hub.metadata_load(base_file(config, "README.md"))
+        return (card or {}).get("license")
     except (UserError, OSError, ValueError, yaml.YAMLError):  # no base at hand, no card, a bad one
         return None
 
 
 # ---- Neighbours ----------------------------------------------------------------------------------
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows.float(), dim=-1)
 
 
 def neighbours(
@@ -1241,38 +1192,43 @@ def neighbours(
     moves = (after - before).norm(dim=1)
     moved = moves.argsort(descending=True)[:num].tolist()
     print(f"step {sentry.step:,}\n")
-    print_norms(table, before, after)
+    print_norms({"base tokens": table, "new words, before": before, "new words, after": after})
     print(f"\n{'most moved':24} {'by':>8} {'cosine of before and after':>28}")
-    for i in moved:
-        print(
-            f"{new.words[i]:24} {moves[i]:8.3f} {unit_rows(before[i]) @ unit_rows(after[i]):28.3f}"
-        )
+    for i, cosine in zip(moved, torch.cosine_similarity(before[moved], after[moved])):
+        print(f"{new.words[i]:24} {moves[i]:8.3f} {cosine:28.3f}")
     chosen = [new.words.index(word) for word in asked] or moved[:5]
-    queries = unit_rows(torch.cat([before[chosen], after[chosen]]))  # (2 x chosen, H)
-    near_base = torch.cat([unit_rows(b) @ queries.T for b in table.split(ROW_BLOCK)])  # (V, ...)
+    near = {}  # "before" and "after" -> the chosen words' cosines to base tokens and to new words
+    for when, rows in (("before", before), ("after", after)):
+        near[when] = cosines(table, rows[chosen]), cosines(rows, rows[chosen])
     for n, i in enumerate(chosen):
-        for when, rows, column in (("before", before, n), ("after", after, n + len(chosen))):
-            near_new = unit_rows(rows) @ queries[column]  # (N,)
-            near_new[i] = -2.0  # not the word itself
-            tokens = nearest(near_base[:, column], num, lambda i: repr(new.tokenizer.decode([i])))
+        for when, (near_base, near_new) in near.items():
+            near_new[i, n] = -2.0  # not the word itself
+            tokens = nearest(near_base[:, n], num, lambda i: repr(new.tokenizer.decode([i])))
             print(f"\n{new.words[i]}, {when}")
             print(f"  base tokens  {tokens}")
-            print(f"  new words    {nearest(near_new, num, new.words.__getitem__)}")
+            print(f"  new words    {nearest(near_new[:, n], num, new.words.__getitem__)}")
 
 
-def print_norms(table: Tensor, before: Tensor, after: Tensor) -> None:
-    base = torch.cat([block.float().norm(dim=1) for block in table.split(ROW_BLOCK)])
-    new = {f"new words, {n}": r.norm(dim=1) for n, r in (("before", before), ("after", after))}
+def print_norms(tables: dict[str, Tensor]) -> None:
     print(f"{'norms of input rows':24} {'mean':>8} {'std':>8}")
-    for label, norms in {"base tokens": base, **new}.items():
+    for label, table in tables.items():
+        norms = torch.cat([block.float().norm(dim=1) for block in table.split(ROW_BLOCK)])
         print(f"{label:24} {norms.mean():8.3f} {norms.std(correction=0):8.3f}")
 
 
-def nearest(cosines: Tensor, num: int, name: Callable[[int], str]) -> str:
-    best = cosines.topk(min(num, len(cosines)))
-    return "  ".join(
-        f"{name(i)} {c:.2f}" for c, i in zip(best.values.tolist(), best.indices.tolist())
-    )
+def cosines(table: Tensor, chosen: Tensor) -> Tensor:
+    """Compute the cosine of each row of a table with each chosen row.
+
+    Shapes: table (V, H) of any float dtype, chosen (C, H) fp32 -> (V, C) fp32
+    """
+    chosen = normalize(chosen)
+    return torch.cat([normalize(block.float()) @ chosen.T for block in table.split(ROW_BLOCK)])
+
+
+def nearest(near: Tensor, num: int, name: Callable[[int], str]) -> str:
+    """Write the names of the `num` largest cosines of one word, the largest first."""
+    values, indices = near.topk(min(num, len(near)))
+    return "  ".join(f"{name(i)} {value:.2f}" for value, i in zip(values, indices.tolist()))
 
 
 # ---- Generate ------------------------------------------------------------------------------------
@@ -1419,8 +1375,7 @@ def generate(
                 with untouched_model(overlay) as model:
                     print_text(model, base_words, math.inf, prompt, seed, **how)
                 print(f"---- step {sentry.step:,}")
-            model, first = overlay.model, new.first_new_id
-            text = print_text(model, new.tokenizer, first, prompt, seed, **how)
+            text = print_text(overlay.model, new.tokenizer, new.first_new_id, prompt, seed, **how)
     except torch.OutOfMemoryError as error:
         advice = "end what else uses the GPU, in a notebook by a restart of its kernel"
         raise UserError(f"out of GPU memory: {advice} ({one_line(error)})") from error
@@ -1433,14 +1388,12 @@ def loading_line(config: Config) -> str:
     if folder.is_dir():
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         return f"loading {name}" + (f", {size_text(size)}{LOADING_TIME}" if size > 1e9 else "")
-    from huggingface_hub import errors, snapshot_download
-
-    if "dry_run" not in inspect.signature(snapshot_download).parameters:  # before 1.0
-        return f"loading {name}; what is not on this disk yet is downloaded first"
     wanted = {"revision": config.model_revision, "allow_patterns": ["*.safetensors"]}
     try:
-        files = snapshot_download(name, dry_run=True, **wanted)
-    except (OSError, errors.HFValidationError):  # no network: the loading itself says what is amiss
+        files = huggingface_hub.snapshot_download(name, dry_run=True, **wanted)
+    except TypeError:  # before huggingface_hub 1.0 there was no dry_run
+        return f"loading {name}; what is not on this disk yet is downloaded first"
+    except (OSError, HFValidationError):  # no network: the loading itself says what is amiss
         return f"loading {name}"
     line = f"loading {name}, {size_text(sum(file.file_size for file in files))}{LOADING_TIME}"
     missing = sum(file.file_size for file in files if file.will_download)
@@ -1456,10 +1409,8 @@ def trained_overlay(sentry: Sentry, config: Config) -> WakeOverlay:
         raise UserError(*problems)
     free_cached_memory()  # in a notebook, what an earlier run or call left
     print(f"step {sentry.step:,}: {loading_line(config)}", file=sys.stderr, flush=True)
-    rows = trained_rows(sentry)
     model = load_model(config, find_worker(config))
-    first, output_rows = sentry.state["first_new_id"], rows.get("output_rows")
-    overlay = WakeOverlay(model, first, rows["input_rows"], output_rows)
+    overlay = WakeOverlay(model, sentry.state["first_new_id"], **trained_rows(sentry))
     overlay.install()
     return overlay
 
@@ -1512,14 +1463,13 @@ def untrained_tensors(config: Config, new: SavedWords) -> dict[str, Tensor]:
     mode, tables = output_mode(config.output_rows, base.tied), {"input_rows": base.embedding}
     if mode != "shared":
         tables["output_rows"] = base.embedding if base.tied else base.head
-    tensors = {
-        side: starting_rows(base.table(table, new.first_new_id), new.spellings, config)
-        for side, table in tables.items()
-    }
-    for side in list(tensors) if mode == "separate" else ["input_rows"]:
-        num_rows, width = tensors[side].shape
-        tensors[f"{side}.row_mean_square"] = torch.zeros(num_rows)
-        tensors[f"{side}.column_mean_square"] = torch.zeros(width)
+    tensors = {}
+    for side, table in tables.items():
+        rows = starting_rows(base.table(table, new.first_new_id), new.spellings, config)
+        tensors[side] = rows
+        if side == "input_rows" or mode == "separate":  # these rows will be trained
+            tensors[f"{side}.row_mean_square"] = torch.zeros(len(rows))
+            tensors[f"{side}.column_mean_square"] = torch.zeros(rows.shape[1])
     return tensors
 
 

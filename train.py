@@ -72,19 +72,32 @@ SLOW_LOOP_SECONDS = 2.0  # an evaluation that takes longer shows that it goes on
 def parse_arguments(argv: list[str]):
     parser = command_line_parser("  python train.py configs/sample.yaml max_steps=60")
     parser.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
-    what = "start over; the old run is kept aside"
-    parser.add_argument("--fresh", action="store_true", help=what)
-    what = "continue from the sentry of this step and no other"
-    parser.add_argument("--step", type=int, help=what)
+    parser.add_argument("--fresh", action="store_true", help="start over, the old run kept aside")
+    parser.add_argument("--step", type=int, help="continue from the sentry of this step alone")
     return parse_command_line(parser, argv)
 
 
+def check_options(config: Config, fresh: bool, step: int | None) -> None:
+    """Raise a UserError for wrong options and missing packages, before anything is read."""
+    problems = check_environment(config.device, config.quantization)
+    if fresh and step is not None:
+        problems.append("--fresh starts over, --step continues: give one of the two")
+    if (fresh or step is not None) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        # torchrun repeats the whole command at a restart, and --fresh would begin again each time.
+        problems.append(
+            "--fresh and --step do not go with torchrun --max-restarts; run once without"
+        )
+    if config.tensorboard and not installed_version("tensorboard"):
+        problems.append("tensorboard: true, but the package is missing; pip install tensorboard")
+    if problems:
+        raise UserError(*problems)
+
+
 def check_start(arguments) -> None:
-    """Raise a UserError if the config is wrong, or a package is missing that training needs."""
+    """Raise a UserError if the config is wrong, or if `check_options` finds a mistake."""
     config = load_config(arguments.config, *arguments.overrides)
     if not arguments.dry_run:
-        if problems := check_environment(config.device, config.quantization):
-            raise UserError(*problems)
+        check_options(config, arguments.fresh, arguments.step)
 
 
 # torch takes two seconds to import; help and plain mistakes should not wait for it.
@@ -112,7 +125,7 @@ if "Worker" not in globals():
     )  # fmt: skip
 if "SentryWriter" not in globals():
     from recover import (
-        MARKER, NOT_KNOWN, Sentry, SentryWriter, by_held_out_loss, continue_prompt, export_problems,
+        NOT_KNOWN, Sentry, SentryWriter, by_held_out_loss, continue_prompt, export_problems,
         in_notebook, load_file, loading_line, mark_new_words, pick_sentry, prompt_ids, read_marker,
         sentry_folders, set_aside, untouched_model,
     )  # fmt: skip
@@ -220,16 +233,14 @@ def step_sequence_numbers(step: int, batch_size: int, num_sequences: int, seed: 
     Epoch e takes the sequences in an order drawn from seed and e. So the step number suffices, and
     a continued run needs no saved state of the data order.
     """
-    numbers = []
-    for position in range((step - 1) * batch_size, step * batch_size):
-        epoch, index = divmod(position, num_sequences)
-        # A step can lie in two epochs, so the order is drawn anew where the next one begins.
-        if not numbers or index == 0:
-            # Up to a million epochs, no two pairs of seed and epoch share a generator.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(num_sequences, generator=generator)
-        numbers.append(order[index])
-    return torch.stack(numbers)
+    positions = torch.arange((step - 1) * batch_size, step * batch_size)
+    epochs, numbers = positions // num_sequences, []
+    for epoch in epochs.unique().tolist():  # a step can lie in two or more
+        # Up to a million epochs, no two pairs of seed and epoch share a generator.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_sequences, generator=generator)
+        numbers.append(order[positions[epochs == epoch] % num_sequences])
+    return torch.cat(numbers)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -270,17 +281,16 @@ def prepare_step(
     step: int, overlay: WakeOverlay, data: Data, config: Config, worker: Worker
 ) -> StepBatch:
     """Look up the step's sequences and begin their copy to the device, without waiting for it."""
-    size = config.effective_batch_size
     num_sequences = count_sequences(data.train, config.seq_len)
-    numbers = step_sequence_numbers(step, size, num_sequences, config.seed)
-    x, y = sequences(data.train, numbers, config.seq_len, data.bos_id)  # (size, seq_len)
+    numbers = step_sequence_numbers(step, config.effective_batch_size, num_sequences, config.seed)
+    x, y = sequences(data.train, numbers, config.seq_len, data.bos_id)  # (sequences, seq_len)
     # Every process knows the whole step, and takes its own part of it.
-    first, end = (rank * size // worker.world_size for rank in (worker.rank, worker.rank + 1))
-    parts = [x[first:end], y[first:end]]  # this process's share
+    parts = [ids.tensor_split(worker.world_size)[worker.rank] for ids in (x, y)]
+    base_embeds = overlay.base_embed(parts[0])
     # From pinned memory the copy runs beside the computation.
     if worker.device.type == "cuda":
         parts = [part.pin_memory().to(worker.device, non_blocking=True) for part in parts]
-    return StepBatch(step, *parts, overlay.base_embed(x[first:end]), x, numbers)
+    return StepBatch(step, *parts, base_embeds, x, numbers)
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -316,27 +326,37 @@ def has_bar(worker: Worker) -> bool:
 
 def shown(items: Sequence, what: str, worker: Worker) -> Iterator:
     """Yield the items; if that takes long, show `what` by a bar, or by one line where none is."""
-    if has_bar(worker):
-        from tqdm.auto import tqdm
+    from tqdm.auto import tqdm
 
-        # At the place of the bar of the steps, which is not drawn meanwhile.
-        yield from tqdm(
-            items, what, delay=SLOW_LOOP_SECONDS, mininterval=1, leave=False, position=0
-        )
-        return
-    began, said = time.monotonic(), False
-    for number, item in enumerate(items):
+    began, said = time.monotonic(), has_bar(worker)  # a bar says it already
+    # At the place of the bar of the steps, which is not drawn meanwhile.
+    how = {"leave": False, "position": 0, "disable": not has_bar(worker)}
+    for number, item in enumerate(tqdm(items, what, delay=SLOW_LOOP_SECONDS, mininterval=1, **how)):
         if not said and time.monotonic() - began > SLOW_LOOP_SECONDS:
             worker.say(f"{what}: {number} of {len(items)}")
             said = True
         yield item
 
 
-def my_micro_batches(num_sequences: int, micro_batch_size: int, worker: Worker) -> list[range]:
-    """List the numbers of this process's held-out sequences, one micro-batch at a time."""
-    first, end = (num_sequences * r // worker.world_size for r in (worker.rank, worker.rank + 1))
-    starts = range(first, end, micro_batch_size)
-    return [range(start, min(start + micro_batch_size, end)) for start in starts]
+def held_out_batches(
+    data: Data, config: Config, worker: Worker, micro_batch_size: int, what: str
+) -> Iterator[Tensor]:
+    """Yield the numbers of this process's held-out sequences, one micro-batch at a time.
+
+    what: "evaluating" or the like, for the bar or line that shows how far it is
+    """
+    numbers = torch.arange(count_sequences(data.val, config.seq_len))
+    mine = numbers.tensor_split(worker.world_size)[worker.rank]
+    # Of no numbers, torch makes one empty part; there may be more processes than sequences.
+    yield from shown([part for part in mine.split(micro_batch_size) if len(part)], what, worker)
+
+
+def sum_over_processes(sums: Tensor, worker: Worker) -> list | float:
+    """Sum what each process found in its share; the barrier waits longest for a slow process."""
+    sums = sums.to(worker.device)
+    barrier(worker)
+    all_reduce_sum(worker, sums)
+    return sums.tolist()
 
 
 def count_held_out_bytes(data: Data, seq_len: int) -> int:
@@ -358,20 +378,15 @@ def held_out_loss(
        val_bits_per_byte: bits per byte of the text of these tokens, whatever the vocabulary
        val_loss_new_words, val_loss_ordinary: val_loss over one kind of target
     """
-    num_sequences = count_sequences(data.val, config.seq_len)
     # Sums in float64: a book has 100,000 targets, and fp32 would lose their last digits.
     sums = torch.zeros(2, 2, dtype=torch.float64)  # (ordinary, new) targets x (nats, count)
-    batches = my_micro_batches(num_sequences, micro_batch_size, worker)
-    for numbers in shown(batches, "evaluating", worker):
-        x, y = sequences(data.val, torch.tensor(numbers), config.seq_len, data.bos_id)
+    for numbers in held_out_batches(data, config, worker, micro_batch_size, "evaluating"):
+        x, y = sequences(data.val, numbers, config.seq_len, data.bos_id)
         hidden = overlay.body(inputs_embeds=overlay.embed(x), use_cache=False).last_hidden_state
         losses = overlay.loss(hidden, y)[0].double().cpu()  # (B, T)
         for kind, of_kind in enumerate((y < overlay.first_new_id, y >= overlay.first_new_id)):
             sums[kind] += torch.stack([losses[of_kind].sum(), of_kind.sum()])
-    sums = sums.to(worker.device)
-    barrier(worker)
-    all_reduce_sum(worker, sums)
-    (nats, count), (new_nats, new_count) = sums.tolist()
+    (nats, count), (new_nats, new_count) = sum_over_processes(sums, worker)
     num_bytes = count_held_out_bytes(data, config.seq_len)
     return {
         "val_loss": (new_nats + nats) / (new_count + count),
@@ -392,13 +407,10 @@ def base_bits_per_byte(
     characters of context.
     """
     ends, seq_len = data.val_ends.tolist(), config.seq_len
-    num_sequences = count_sequences(data.val, seq_len)
-    total = torch.zeros(1, dtype=torch.float64)
-    batches = my_micro_batches(num_sequences, micro_batch_size, worker)
-    for numbers in shown(batches, "evaluating the base model", worker):
-        pairs = [
-            base_sequence(tokenizer, data, ends, number * seq_len, seq_len) for number in numbers
-        ]
+    total, what = torch.zeros((), dtype=torch.float64), "evaluating the base model"
+    for numbers in held_out_batches(data, config, worker, micro_batch_size, what):
+        firsts = (numbers * seq_len).tolist()
+        pairs = [base_sequence(tokenizer, data, ends, first, seq_len) for first in firsts]
         # The body is causal, so what fills up a short sequence at its end cannot matter.
         width = max(len(ids) for ids, _ in pairs)
         x = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in pairs])  # (B, width)
@@ -406,10 +418,8 @@ def base_bits_per_byte(
         body = overlay.body(inputs_embeds=overlay.base_embed(x), use_cache=False)
         losses, _ = overlay.loss(body.last_hidden_state, y, base_only=True)
         total += losses.double().sum().cpu()
-    total = total.to(worker.device)
-    barrier(worker)
-    all_reduce_sum(worker, total)
-    return total.item() / math.log(2) / count_held_out_bytes(data, seq_len)
+    nats = sum_over_processes(total, worker)
+    return nats / math.log(2) / count_held_out_bytes(data, seq_len)
 
 
 def base_sequence(
@@ -532,7 +542,7 @@ class Records:
     def __post_init__(self):
         write_text(self.folder / "metrics.jsonl", "".join(self.lines))
         write_text(self.folder / "samples.md", self.samples)
-        if any(record["kind"] == "eval" for record in self.parsed()):
+        if self.last_evaluation():
             self.draw()
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -590,16 +600,15 @@ class Progress:
     """
 
     def __init__(self, worker: Worker, config: Config, first_step: int):
-        self.worker, self.config, self.bar = worker, config, None
+        from tqdm.auto import tqdm
+
+        self.worker, self.config = worker, config
         self.recent = collections.deque(maxlen=20)  # seconds of the last steps
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": 0.0}
-        if has_bar(worker):
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(
-                initial=first_step, total=config.max_steps, mininterval=2, unit="step",
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            )  # fmt: skip
+        self.bar = tqdm(
+            initial=first_step, total=config.max_steps, mininterval=2, disable=not has_bar(worker),
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )  # fmt: skip
 
     def timed(self, what: str, call: Callable):
         """Call and return; the next one of its kind is expected to take as long."""
@@ -620,21 +629,19 @@ class Progress:
         """Count a step, and every log_every steps print its line with the time that is left."""
         self.recent.append(seconds)
         self.seconds["step"] = statistics.median(self.recent)  # the first step is a slow one
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.left(step)} left", refresh=False)
-            self.bar.update()
+        self.bar.set_postfix_str(f"{self.left(step)} left", refresh=False)
+        self.bar.update()
         if step % self.config.log_every == 0 or step == self.config.max_steps:
             self.say(f"{line}  {self.left(step)} left")
 
     def say(self, text: str) -> None:
         """Print a line at once; the bar leaves the screen meanwhile."""
-        with self.bar.external_write_mode() if self.bar is not None else contextlib.nullcontext():
+        with self.bar.external_write_mode():
             self.worker.say(text)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str("")  # nothing is left
-            self.bar.close()
+        self.bar.set_postfix_str("")  # nothing is left
+        self.bar.close()
 
 
 # The lines of steps and evaluations have less than 80 columns, so that no terminal wraps them.
@@ -740,8 +747,8 @@ def lock_run(run_dir: Path):
 
 @contextlib.contextmanager
 def notice_if_slow(worker: Worker, text: str) -> Iterator[None]:
-    """Say `text` if the block hangs: a mounted Drive can for minutes, and a silent start looks like
-    a crash."""
+    """Say `text` if the block takes long: a mounted Drive can hang for minutes, and a start without
+    a word looks like a crash."""
     timer = threading.Timer(SLOW_START_NOTICE_SECONDS, worker.say, [text])
     timer.daemon = True
     timer.start()
@@ -807,11 +814,6 @@ def shared_facts(config: Config, start: Start) -> dict:
     return facts | run_identity(config, start.words, start.data) | {"step": step}
 
 
-def as_json(config: Config) -> dict:
-    """Return a Config as a save's state.json holds it, with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def start_over(config: Config) -> None:
     """Move all that is in RUN_DIR and in sentry_dir into old-1/, old-2/ ... there, for --fresh."""
     for folder in {Path(config.run_dir), Path(config.sentry_dir or config.run_dir)}:
@@ -839,12 +841,12 @@ def find_sentry(
         except UserError:
             explain_another_run(folders, step, config, words, identity)
             raise
-    if sentry and (problems := changed_keys(sentry.state.get("config", {}), config)):
+    if sentry is None:
+        return None
+    if problems := changed_keys(sentry.state.get("config", {}), config):
         raise UserError(*problems, PUT_BACK)
     for reason in skipped:
         worker.say(f"passed over: {reason}")
-    if sentry is None:
-        return None
     worker.say(f"continuing from {sentry.path}, step {sentry.step}")
     if (before := sentry.state["config"].get("max_steps")) not in (None, config.max_steps):
         worker.say(f"max_steps was {before}: from here the learning rate is that of the new one")
@@ -860,35 +862,30 @@ def explain_another_run(
 
     If a save does belong to this run, nothing is raised: it is damaged, as `pick_sentry` has said.
     """
-    newest = []
+    found = []  # for each readable save, the newest first, what it does not share
     for number, path in sentry_folders(*folders):
-        if step not in (None, number) or not (path / MARKER).is_file():
+        if step not in (None, number):
             continue
-        try:
+        with contextlib.suppress(UserError):  # no marker, or a damaged one: `pick_sentry` names it
             state, _ = read_marker(path)
-        except UserError:
-            continue  # damaged: `pick_sentry` names it
-        problems = changed_keys(state.get("config", {}), config)
-        if state.get("words_sha256") not in (identity["words_sha256"], NOT_KNOWN):
-            problems.append(lexicon_change(path / "words.txt", words.words))
-        if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
-            problems.append("corpus: its text is not the one that the run was started with")
-        if not problems:
-            return
-        newest = newest or problems
-    if newest:
-        raise UserError(*newest, PUT_BACK)
+            problems = changed_keys(state.get("config", {}), config)
+            if state.get("words_sha256") not in (identity["words_sha256"], NOT_KNOWN):
+                problems.append(lexicon_change(path / "words.txt", words.words))
+            if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
+                problems.append("corpus: its text is not the one that the run was started with")
+            found.append(problems)
+    if found and all(found):
+        raise UserError(*found[0], PUT_BACK)
 
 
 def changed_keys(old: dict, config: Config) -> list[str]:
     """Name every key whose change would make this another training."""
-    new, problems = as_json(config), []
+    problems = []
     for field in dataclasses.fields(config):
         before = old.get(field.name, field.metadata.get("before"))
-        if field.metadata["changes_run"] and before != new[field.name]:
-            problems.append(
-                f"{field.name}: the run was started with {before!r}, now it is {new[field.name]!r}"
-            )
+        now = getattr(config, field.name)  # no list or tuple: JSON makes nothing else of it
+        if field.metadata["changes_run"] and before != now:
+            problems.append(f"{field.name}: the run was started with {before!r}, now it is {now!r}")
     return problems
 
 
@@ -949,12 +946,13 @@ class Run:
     optimizer_step: int  # less than step if the run was imported, as its optimizer began anew
     best_val_loss: float
     base_bits_per_byte: float | None
-    evaluation: dict  # the record of the last one, {} before the first
+    evaluation: dict = dataclasses.field(default_factory=dict)  # the last one since this start
+    buffers: dict = dataclasses.field(default_factory=dict)  # host memory of the saves
 
     def save(self) -> None:
         """Begin a save in the background; training waits for the copy to the host alone."""
         if self.writer:
-            self.writer.finish_local()  # so that the host holds one copy of the rows, not two
+            self.writer.finish_local()  # the buffers that this save takes are free again
             state = {
                 "step": self.step,
                 **run_identity(self.config, self.words, self.data),
@@ -975,7 +973,7 @@ class Run:
                 "samples.md": self.records.samples,
                 "words.txt": "\n".join(self.words.words) + "\n",
             }
-            self.writer.save(host_copies(self.optimizer.tensors()), texts, state)
+            self.writer.save(host_copies(self.optimizer.tensors(), self.buffers), texts, state)
         barrier(self.worker)  # process 0 may have waited for the save before
 
     def log(self, loss: float, norm: float, learning_rate: float, seconds: float) -> dict:
@@ -1108,7 +1106,6 @@ def build_run(config: Config, worker: Worker, start: Start) -> Run:
         step=state.get("step", 0), optimizer_step=state.get("optimizer_step", 0),
         best_val_loss=state.get("best_val_loss") or math.inf,
         base_bits_per_byte=state.get("base_bits_per_byte"),
-        evaluation=records.last_evaluation() if records else {},
     )  # fmt: skip
 
 
@@ -1133,16 +1130,14 @@ def heading(run: Run) -> str:
 def train_steps(run: Run, stop: StopRequest, progress: Progress) -> None:
     """Run the loop: accumulate, wait once, check, clip, update, log, evaluate, save, stop."""
     config, worker, optimizer = run.config, run.worker, run.optimizer
-    prepare = functools.partial(
-        prepare_step, overlay=run.overlay, data=run.data, config=config, worker=worker
-    )
+    parts = run.overlay, run.data, config, worker
     tokens_per_step = config.effective_batch_size * config.seq_len
-    batch = prepare(run.step + 1)
+    batch = prepare_step(run.step + 1, *parts)
     while not run.is_done():
         step, began = run.step + 1, time.perf_counter()
         # Forward and backward of all micro-batches. Before the last backward, while the device is
         # still at work, the next step's sequences are looked up.
-        prepare_next = functools.partial(prepare, step + 1)
+        prepare_next = functools.partial(prepare_step, step + 1, *parts)
         loss_sum, following = run_step(
             run.plan, batch, run.overlay, worker, run.loss_scale, prepare_next
         )
@@ -1172,7 +1167,7 @@ def train_steps(run: Run, stop: StopRequest, progress: Progress) -> None:
             return
 
 
-def train_to_the_end(config: Config, worker: Worker, start: Start, stop: StopRequest) -> dict:
+def train_to_the_end(config: Config, worker: Worker, start: Start, stop: StopRequest) -> Run:
     """Load the model, evaluate, run the loop, and wait until the last save is written."""
     run = build_run(config, worker, start)
     worker.say(heading(run))
@@ -1189,44 +1184,16 @@ def train_to_the_end(config: Config, worker: Worker, start: Start, stop: StopReq
         progress.close()
         if run.writer:
             run.writer.finish()
-    return sum_up(config, worker, run.step, run.records, stop)
+    return run
 
 
-def nothing_left(config: Config, worker: Worker, start: Start, stop: StopRequest) -> dict:
-    """Say what a finished run came to, without loading its model."""
-    step = start.sentry.step
-    worker.say(f"step {step} of {config.max_steps}: nothing left to do; raise max_steps")
-    records, writer = open_records(config, start.sentry, worker)
+def nothing_left(config: Config, worker: Worker, sentry: Sentry) -> Records | None:
+    """Return the records of a finished run, without loading its model."""
+    worker.say(f"step {sentry.step} of {config.max_steps}: nothing left to do; raise max_steps")
+    records, writer = open_records(config, sentry, worker)
     if writer:
         writer.finish()  # the durable folder gets what it lacks
-    return sum_up(config, worker, step, records, stop)
-
-
-def sum_up(
-    config: Config, worker: Worker, step: int, records: Records | None, stop: StopRequest
-) -> dict:
-    """Print what came of a run, unless it was stopped -> what `train` returns."""
-    if records and not stop.name:
-        worker.say(closing_lines(config, step, records))
-        records.show_texts()
-    evaluation = records.last_evaluation() if records else {}
-    return {**evaluation, "step": step, "stopped": stop.name}
-
-
-def check_options(config: Config, fresh: bool, step: int | None) -> None:
-    """Raise a UserError for wrong options and missing packages, before anything is read."""
-    problems = check_environment(config.device, config.quantization)
-    if fresh and step is not None:
-        problems.append("--fresh starts over, --step continues: give one of the two")
-    if (fresh or step is not None) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        # torchrun repeats the whole command at a restart, and --fresh would begin again each time.
-        problems.append(
-            "--fresh and --step do not go with torchrun --max-restarts; run once without"
-        )
-    if config.tensorboard and not installed_version("tensorboard"):
-        problems.append("tensorboard: true, but the package is missing; pip install tensorboard")
-    if problems:
-        raise UserError(*problems)
+    return records
 
 
 def train(
@@ -1255,11 +1222,17 @@ def train(
         check_same_run(worker, shared_facts(config, start))
         stop, saved = held.enter_context(StopRequest()), start.sentry
         # A save from `recover.py import` was not evaluated yet, so that run is not over.
-        is_over = saved and saved.step >= config.max_steps and saved.state.get("best_val_loss")
-        end = nothing_left if is_over else train_to_the_end
-        result = end(config, worker, start, stop)
+        if saved and saved.step >= config.max_steps and saved.state.get("best_val_loss"):
+            step, records = saved.step, nothing_left(config, worker, saved)
+        else:
+            run = train_to_the_end(config, worker, start, stop)
+            step, records = run.step, run.records
+        if records and not stop.name:
+            worker.say(closing_lines(config, step, records))
+            records.show_texts()
         leave_processes(worker)
-    return result
+    evaluation = records.last_evaluation() if records else {}
+    return {**evaluation, "step": step, "stopped": stop.name}
 
 
 def main(config_path: str, *overrides: str, fresh: bool = False, step: int | None = None) -> dict:

@@ -186,7 +186,7 @@ def test_activations_come_back_from_the_host_bit_by_bit(settings, quantization, 
         torch.cuda.reset_peak_memory_stats()
         found.append(bits_of_a_pass(overlay, machine.forward_backward, x))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert [len(layer.notes) > 1 for layer in parking.layers] == [True, False] * 3
+    assert [len(layer.on_host) > 1 for layer in parking.layers] == [True, False] * 3
     assert max(peaks[1:]) < peaks[0]
     overlay.begin_step(x.cpu())
     graph = machine.GraphedPass(overlay, tuple(x.shape), 1 / x.numel())

@@ -186,8 +186,12 @@ def shard(model: Path, num_files: int) -> None:
     (model / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("family, separate", [("qwen2_untied", None), ("qwen2_tied", True)])
+SHARDED = [("qwen2_untied", None), ("qwen2_tied", True), ("phi", True)]
+
+
+@pytest.mark.parametrize("family, separate", SHARDED)
 def test_sharded_checkpoint(family: str, separate: bool | None, tmp_path: Path) -> None:
+    """Of the phi, whose head has a bias, weight and bias of the head lie in different files."""
     run = make_run(tmp_path, family, separate=separate)
     reference = overlay_logits(run)
     shard(tmp_path / "model", 3)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import inspect
 import json
 import math
 import os
@@ -34,9 +35,9 @@ import train
 from config import GIB, Config, UserError
 from machine import (
     GraphedPass, Parking, StepPlan, attend_causally, capture, choose_plan, dry_run, find_rotary,
-    find_worker, fit_to_machine, fuse_and_prove, known_errors_in_one_line, load_model, measure_peak,
-    memory_plan, model_without_weights, num_expert_weights, recompute_layers, relative_difference,
-    run_step, undo_fusing,
+    find_worker, fit_to_machine, fuse_and_prove, host_copies, known_errors_in_one_line, load_model,
+    measure_peak, memory_plan, model_without_weights, num_expert_weights, recompute_layers,
+    relative_difference, run_step, undo_fusing,
 )  # fmt: skip
 from overlay import LossScale, WakeOverlay, find_body, forward_backward, is_tied
 
@@ -150,8 +151,7 @@ def test_the_plan_counts_what_the_config_changes():
     for name in ("base head rows", "base rows of two steps", "layer inputs"):
         assert full[name] == 2 * half[name], name
     rows, table = 44_223 * 5120 * 4 / GIB, 152_064 * 5120 * 2 / GIB
-    assert rows < 1  # so that each row set is pinned as one GiB
-    assert half["host memory"] == 2 + table and plan(tied)["host memory"] == 1
+    assert half["host memory"] == 2 * rows + table and plan(tied)["host memory"] == rows
     assert plan(tied)["new rows"] == rows and half["new rows"] == 2 * rows
     assert plan(tied, output_rows="separate")["new rows"] == 2 * rows
 
@@ -328,6 +328,32 @@ def test_fused_pieces_serve_training_alone_and_in_its_dtype(monkeypatch, family,
     with torch.no_grad():
         overlay.body(inputs_embeds=overlay.embed(random_ids(1, 9)))
     assert not used
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "gpt_neox", "phi"])
+def test_the_fused_rotary_embedding_takes_q_and_k_as_they_lie_in_memory(monkeypatch, family):
+    """Tokens before heads: the compiled function would copy what lies otherwise."""
+    overlay, shapes = make_overlay(family), []
+    note = lambda output: shapes.append(output.shape) or output  # noqa: E731
+    assert fuse(monkeypatch, overlay, note) == "fused"
+    shapes.clear()
+    train_once(overlay)
+    num_tokens = make_batch(overlay).x.shape[1]
+    assert {shape[1] for shape in shapes if len(shape) == 4} == {num_tokens}
+
+
+def test_a_call_that_says_where_the_heads_are_is_passed_on(monkeypatch):
+    overlay = make_overlay()
+    modeling, rotary = find_rotary(overlay.layers)
+    q, k = torch.randn(2, 2, 5, 3, 8)  # (B, T, heads, D)
+    cos, sin = torch.randn(2, 2, 5, 8)
+    wanted = rotary(q, k, cos, sin, unsqueeze_dim=2)
+    assert fuse(monkeypatch, overlay, lambda output: output) == "fused"
+    fused = modeling.apply_rotary_pos_emb
+    assert same(fused(q, k, cos, sin, unsqueeze_dim=2), wanted)
+    # Before transformers 5 a fifth argument, which is not used, comes before it.
+    more = list(inspect.signature(rotary).parameters)[4:-1]
+    assert same(fused(q, k, cos, sin, *[None] * len(more), 2), wanted)
 
 
 class WrongBackward(torch.autograd.Function):
@@ -648,7 +674,6 @@ def no_streams(monkeypatch):
         return empty_like(tensor)
 
     monkeypatch.setattr(torch, "empty_like", on_the_cpu)
-    monkeypatch.setattr(machine, "pinned_memory", lambda size: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "Stream", InOrder)
     monkeypatch.setattr(torch.cuda, "current_stream", InOrder)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
@@ -688,20 +713,20 @@ def test_parked_layers_give_the_same_bits(monkeypatch, no_streams, fused, parked
         machine.fuse_elementwise(overlay)
     wanted = take_step(overlay, plan)
     parking = Parking(overlay, (2.0**30, 0.0, 2.0**30), room=0)
-    parking.takes, parking.host = lambda count: len(parked), machine.pinned_memory(room)
+    parking.takes, parking.host = lambda count: len(parked), machine.host_memory(room)
     recompute_layers(overlay.layers, 2, parking)
     for _ in range(2):
         assert same(take_step(overlay, plan), wanted)
     assert parking.used <= room
     weights = {weight.shape for weight in overlay.body.parameters()}
-    notes = [note for layer in parking.layers for note in layer.notes]
-    for shape in (note.shape[0] for note in notes):  # they are on the card anyway
+    on_host = [tensor for layer in parking.layers for tensor in layer.on_host]
+    for shape in (tensor.shape for tensor in on_host):  # they are on the card anyway
         assert shape not in weights and shape[::-1] not in weights
-    assert all(note.host.nbytes >= machine.PARKED_BYTES for note in notes)
+    assert all(tensor.nbytes >= machine.PARKED_BYTES for tensor in on_host)
     if room == 2**20:  # a recomputed layer parks its input
-        kinds = [len(layer.notes) > 1 for layer in parking.layers]
+        kinds = [len(layer.on_host) > 1 for layer in parking.layers]
         assert kinds == [number in parked for number in range(2)]
-    assert all(note.card is None for note in notes)
+    assert all(tensor is None for layer in parking.layers for tensor in layer.on_card or [])
     with torch.no_grad():  # an evaluation parks nothing
         parking.layers = None
         overlay.body(inputs_embeds=torch.zeros(1, 4, 32), use_cache=False)
@@ -739,23 +764,58 @@ def test_pinned_memory_is_unpinned_when_it_is_collected(monkeypatch):
     cuda.cudaHostRegister = lambda place, size, flags: pinned.add(place) or size - 1000
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "check_error", lambda number: number and 1 / 0)
-    memory = machine.pinned_memory(1000)
+    assert machine.host_memory(1000).nbytes == 1000 and not pinned  # without a GPU
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert machine.host_memory(0).nbytes == 0 and not pinned
+    memory = machine.host_memory(1000)
     assert memory.nbytes == 1000 and pinned == {memory.data_ptr()}
     del memory
     gc.collect()
     assert not pinned
 
 
+def test_a_second_save_is_copied_to_the_memory_of_the_first():
+    rows, buffers = {"rows": torch.randn(5, 3), "step": torch.tensor(7)}, {}
+    first = host_copies(rows, buffers)
+    assert all(torch.equal(first[name], rows[name]) for name in rows)
+    rows["rows"] += 1
+    assert not torch.equal(first["rows"], rows["rows"])  # training goes on
+    again = host_copies(rows, buffers)
+    assert torch.equal(again["rows"], rows["rows"])
+    assert [again[name].data_ptr() for name in rows] == [first[name].data_ptr() for name in rows]
+    assert {name: buffer.nbytes for name, buffer in buffers.items()} == {"rows": 60, "step": 8}
+
+
 def test_a_host_that_cannot_pin_memory_parks_nothing(monkeypatch, no_streams):
     def full(size):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(machine, "pinned_memory", full)
+    monkeypatch.setattr(machine, "host_memory", full)
     monkeypatch.setattr(machine, "bus_bytes", lambda *_: 1e9)
     overlay, plan = make_overlay(), StepPlan(2, 2)
     config = make_config(compile="false")
     assert machine.find_parking(plan, overlay, make_batch(overlay), config) is None
     assert plan.remarks == ["nothing parked: CUDA error: out of memory"]
+
+
+@pytest.mark.parametrize("output_rows, num_sets", [("shared", 1), ("separate", 2)])
+@pytest.mark.parametrize(
+    "num_processes, max_host_gib, room", [("1", None, 3000), ("3", None, 1000), ("1", 2e-6, 2147)]
+)
+def test_parked_activations_leave_the_host_its_saves(
+    monkeypatch, output_rows, num_sets, num_processes, max_host_gib, room
+):
+    """A save holds each row set once, and 2 GiB stay free."""
+    overlay, found = make_overlay(output_rows=output_rows), []
+    available = 2 * GIB + num_sets * overlay.input_rows.nbytes + 3000
+    memory = SimpleNamespace(available=available)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine, "bus_bytes", lambda *_: 1e9)
+    monkeypatch.setattr(machine, "Parking", lambda overlay, sizes, room: found.append(room))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", num_processes)
+    config = make_config(compile="false", max_host_gib=max_host_gib)
+    machine.find_parking(StepPlan(2, 2), overlay, make_batch(overlay), config)
+    assert int(found[0]) == room
 
 
 def test_without_room_on_the_host_the_bus_is_not_measured(monkeypatch):

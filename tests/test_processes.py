@@ -187,13 +187,15 @@ def test_same_losses_and_rows_as_one_process(settings, tmp_path, alone, output_r
 
 def test_the_held_out_text_is_read_once_whatever_each_process_fits(settings, tmp_path, alone):
     """micro_batch_size auto may find another size on each card. Only process 0 writes."""
+    config, stream = Config(**settings), torch.zeros(20 * 16 + 1)
+    data = train.Data(stream, stream, stream, "", None, "")
     seen = [
-        number
+        numbers
         for rank, size in enumerate((4, 1, 3))
-        for numbers in train.my_micro_batches(20, size, one_of(3, rank))
-        for number in numbers
+        for numbers in train.held_out_batches(data, config, one_of(3, rank), size, "")
     ]
-    assert seen == list(range(20))
+    assert max(map(len, seen)) == 4 and torch.equal(torch.cat(seen), torch.arange(20))
+    assert not list(train.held_out_batches(data, config, one_of(30, 29), 4, ""))
     own = [[], ["micro_batch_size=3", f"run_dir={tmp_path / 'other'}"]]
     train_with(settings, tmp_path / "run", 2, own=own)
     assert_same(tmp_path / "run", alone)

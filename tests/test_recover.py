@@ -496,6 +496,17 @@ def test_two_saves_in_a_row_are_both_whole(tmp_path: Path) -> None:
     assert saves.said == []
 
 
+def test_a_save_waits_for_the_one_before(tmp_path: Path, at_fault_point) -> None:
+    """Otherwise the host would hold the rows of both, and an error of the first would be lost."""
+    saves = Saves(tmp_path)
+    at_fault_point("rows_written", lambda _: time.sleep(0.2))
+    saves.save(20)
+    saves.save(40)
+    assert steps(saves.local) == [20]
+    saves.writer.finish()
+    assert steps(saves.local) == [40, 20]
+
+
 def test_a_local_folder_that_is_the_durable_one_is_not_copied(tmp_path: Path, monkeypatch) -> None:
     """Pruning it as the durable folder would delete the save that is being written."""
     said, state = [], {"step": 20, **IDENTITY}

@@ -11,9 +11,9 @@ the chunked one with each of CHUNKS as LOSS_CHUNK_POSITIONS. Prints one JSON obj
     error_*     the largest error, relative to the largest entry of the float64 truth, on the first
                 --truth positions; the truth of Qwen2.5-14B's tables takes 12 GiB of the card
 
-It takes 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22). On an H100 (torch 2.11.0, bf16, same date)
-with Qwen2.5-14B's vocabulary the plain loss takes 89 ms and 5.7 GiB. In chunks of 256 it is 27 ms
-and 1.5 GiB, of which 0.84 are the new rows' gradient; the errors of the row gradients are 5.5e-4
+It takes 18 s on 2 CPU cores (torch 2.13.0, 2026-11-22). On an H200 (torch 2.11.0, bf16, 2026-11-26)
+with Qwen2.5-14B's vocabulary the plain loss takes 87 ms and 5.7 GiB. In chunks of 256 it is 22 ms
+and 1.44 GiB, of which 0.84 are the new rows' gradient; the errors of the row gradients are 5.5e-4
 and 2.0e-4.
 """
 

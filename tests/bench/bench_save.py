@@ -43,11 +43,12 @@ def main(out: str, num_rows: int = 44223, hidden_size: int = 5120) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = {name: torch.randn(num_rows, hidden_size, device=device) for name in ("in", "out")}
     folder = Path(out)
-    host_copies(rows)  # makes the buffers, as train.py does before its first step
+    buffers = {}
+    host_copies(rows, buffers)  # makes the buffers, as a run's first save does
     writer = SentryWriter(folder / "snapshots", folder / "sentries", 2)
     for step in (20, 40, 60):
         began = time.perf_counter()
-        writer.save(host_copies(rows), {}, {"step": step, "config": {}})
+        writer.save(host_copies(rows, buffers), {}, {"step": step, "config": {}})
         waited, ticker = time.perf_counter() - began, Ticker()
         writer.finish_local()
         written = time.perf_counter() - began
