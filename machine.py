@@ -89,7 +89,7 @@ def find_worker(config: Config) -> Worker:
     A GPU below compute capability 8.0, such as a T4, computes in float16. There
     torch.cuda.is_bf16_supported() says True too, but bfloat16 is emulated, slower than float32.
 
-    Raises: UserError if there is no such device, or if the processes cannot share the work evenly
+    Raises: UserError if this process has no GPU, or if the processes cannot share the work evenly
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if config.effective_batch_size % world_size:
@@ -98,11 +98,9 @@ def find_worker(config: Config) -> Worker:
             f" {config.effective_batch_size}; start one of"
             f" {', '.join(map(str, divisors(config.effective_batch_size)))}"
         )
-    use_cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.device == "cuda" and not use_cuda:
-        raise UserError("device: 'cuda' was asked for but torch sees no CUDA GPU; use device=cpu")
+    # A CPU computes in float32, because it has no fast half precision for all operations.
     device, dtype, why = torch.device("cpu"), torch.float32, "a CPU"
-    if use_cuda:  # otherwise float32: CPUs have no fast half precision for all operations
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         device = choose_gpu(rank, config.max_gpu_gib)
         major, minor = torch.cuda.get_device_capability(device)
         dtype = torch.bfloat16 if major >= 8 else torch.float16
@@ -231,9 +229,8 @@ def known_errors_in_one_line(run_dir: str, worker: Worker):
             f" micro_batch_size ({one_line(error)})"
         ) from error
     except RuntimeError as error:
-        if worker.world_size == 1 or not (
-            isinstance(error, dist.DistError) or "gloo" in str(error)
-        ):
+        is_of_group = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if worker.world_size == 1 or not is_of_group:
             raise
         reason = one_line(error).split("] ", 1)[-1].split(" This is typically")[0]  # gloo's
         # If gloo's threads still run at the end of this process, they abort the process.
@@ -248,21 +245,27 @@ def known_errors_in_one_line(run_dir: str, worker: Worker):
 # ---- The base model ------------------------------------------------------------------------------
 
 
+def from_pretrained(auto: type, config: Config, **settings):
+    """Have one of transformers' Auto classes read the base model, or only its config.json.
+
+    Raises: UserError with the library's reason in one line
+    """
+    source = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        return auto.from_pretrained(config.model_name, **source, **settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+
+
 def read_model_config(config: Config):
     """Read the base model's config.json, as transformers has it.
 
-    Raises: UserError with the library's reason in one line; UserError for a model that is stored in
-            another quantization than the NF4 that the config asks for
+    Raises: UserError if it cannot be read, or if the model is stored in another quantization than
+            the NF4 that the config asks for
     """
     from transformers import AutoConfig
 
-    trust = {"trust_remote_code": config.trust_remote_code}
-    try:
-        shape = AutoConfig.from_pretrained(
-            config.model_name, revision=config.model_revision, **trust
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+    shape = from_pretrained(AutoConfig, config)
     stored = getattr(shape, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
     if config.quantization == "nf4" and method not in (None, "bitsandbytes"):
@@ -324,23 +327,15 @@ def load_model(config: Config, worker: Worker):
     from accelerate.hooks import remove_hook_from_submodules
     from transformers import BitsAndBytesConfig
 
-    settings = {
-        "revision": config.model_revision,
-        "trust_remote_code": config.trust_remote_code,
-        "dtype": worker.dtype,  # the default differs between transformers 4 and 5
-        "device_map": {"": str(worker.device)},
-    }
+    # The default of dtype differs between transformers 4 and 5.
+    settings = {"dtype": worker.dtype, "device_map": {"": str(worker.device)}}
     if config.quantization == "nf4":
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=worker.dtype,
         )  # fmt: skip
-    auto = auto_class(config)
     hide_bars_in_logs()
-    try:
-        model = auto.from_pretrained(config.model_name, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model_name: {config.model_name}: {one_line(error)}") from error
+    model = from_pretrained(auto_class(config), config, **settings)
     # accelerate's hooks would carry the input table to the card at each use.
     remove_hook_from_submodules(model)
     model.requires_grad_(False)  # after a 4-bit load, versions differ in what is left trainable
@@ -462,18 +457,14 @@ def memory_plan(
 def body_bytes(model: torch.nn.Module, config: Config) -> float:
     """Count the bytes of all weights but the two tables: linear layers in NF4 if the config asks
     for it, and all others in the compute dtype."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = {id(embedding.weight), id(head.weight)}
-    linear = {
-        id(module.weight) for module in model.modules()
-        if type(module).__name__ in ("Linear", "Conv1D")
-    }  # fmt: skip
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    linear = {m.weight for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")}
     width, num_bytes = bytes_per_value(config), 0.0
     # NF4: 4 bits a weight, one byte of scale for 64 weights, and 4 bytes for 256 of these scales.
     nf4_bytes = 0.5 + 1 / 64 + 4 / 64 / 256
     for weight in model.parameters():  # each once, even if it has two places
-        if id(weight) not in tables:
-            in_4_bits = id(weight) in linear and config.quantization == "nf4"
+        if weight not in tables:
+            in_4_bits = weight in linear and config.quantization == "nf4"
             num_bytes += weight.numel() * (nf4_bytes if in_4_bits else width)
     return num_bytes
 
@@ -1067,9 +1058,9 @@ class StepPlan:
     """This says how a step runs on this machine; the remarks say it in words."""
 
     micro_batch_size: int
-    num_recomputed_layers: int
+    num_recomputed_layers: int  # the first ones, and of these some are parked instead
     graph: GraphedPass | None = None
-    parking: Parking | None = None  # of layers that are neither recomputed nor on the card
+    parking: Parking | None = None  # says which
     remarks: list[str] = dataclasses.field(default_factory=list)
     captured_peak_bytes: int = 0  # peak of the capture; a replay shows none
     eval_micro_batch_size: int = 0  # smaller if little memory is left beside the graphs
