@@ -778,8 +778,7 @@ def corpus_figures(new: NewWords, paths: tuple[str, ...], texts: list[str]) -> t
                 total.update(more)
             for a, b in in_pieces:
                 missed.setdefault(why_missed(new, shown, a), Counter())[shown[a:b]] += 1
-            ids = before[0], after[0]
-            first_bad_line = first_bad_line or bad_line(new, lead, piece, ids, path, line)
+            first_bad_line = first_bad_line or bad_line(new, lead, piece, before, after, path, line)
             line += piece.count("\n")
     counts = [seen[i] for i, _ in enumerate(new.words, new.first_new_id)]
     of_words = add_up_forms(new, counts)
@@ -812,12 +811,12 @@ def add_up_forms(new: NewWords, counts: list[int]) -> Counter:
 
 
 def bad_line(
-    new: NewWords, lead: str, piece: str, ids: tuple[list, list], path: str, line: int
+    new: NewWords, lead: str, piece: str, before: tuple, after: tuple, path: str, line: int
 ) -> str | None:
     """Describe the first line of `piece` that the new tokenizer does not give back, if any.
 
     lead: what was before the piece when it was encoded
-    ids:  of the piece, by the base tokenizer and by the new one
+    before, after: (ids, offsets) of the piece, by the base tokenizer and by the new one
     path, line: the file of the piece, and the number of the piece's first line
     """
 
@@ -825,13 +824,13 @@ def bad_line(
         ids = tokenizer.encode(lead, add_special_tokens=False).ids + ids
         return tokenizer.decode(ids, skip_special_tokens=False)[len(lead) :]
 
-    decoded = decode(new.tokenizer, ids[1])
+    decoded = decode(new.tokenizer, after[0])
     if decoded == piece:
         return None
     same = len(commonprefix([decoded, piece]))
     start, number = piece.rfind("\n", 0, same) + 1, line + piece.count("\n", 0, same)
     wanted, got = (text[start:].split("\n")[0][:200] for text in (piece, decoded))
-    exact = decode(new.base, ids[0]) == piece
+    exact = decode(new.base, before[0]) == piece
     whose = "" if exact else "; the base tokenizer is not exact either"
     return f"{path}, line {number}: {wanted!r} comes back as {got!r}{whose}"
 

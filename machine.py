@@ -1183,7 +1183,7 @@ def bus_bytes(overlay: WakeOverlay, batch: StepBatch, size: int) -> float:
     recompute_layers(overlay.layers, len(overlay.layers))
     embeds = overlay.embed(batch.x[:size], batch.base_embeds[:size]).detach().requires_grad_()
     card = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    host = torch.empty_like(card, device="cpu", pin_memory=True)
+    host = host_memory(len(card))
     ratios = []
     for _ in range(3):  # the first time warms up, and a busy host makes a pass look longer
         begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))

@@ -382,25 +382,22 @@ def chunked_cross_entropy(
     losses = torch.empty(len(labels), device=labels.device)  # (T,)
     grad_hidden = None if scale is None else torch.empty_like(hidden_states, dtype=torch.float32)
     for group in blocks(len(labels), LOSS_GROUP_POSITIONS if scale else LOSS_CHUNK_POSITIONS):
-        hidden = hidden_states[group]  # (G, H)
         grad = None if scale is None else grad_hidden[group]  # (G, H), a view
-        losses[group], d_new = cross_entropy_of_group(
-            hidden, labels[group], base_rows, first_new_id, new_rows, grad, formula
-        )
-        if grad is not None:
-            add_gradients_of_new_rows_(d_new, hidden, new_rows, grad, new_rows_grad, scale)
-        del d_new  # before the next group makes its own: 345 MiB for 44,223 words
+        losses[group] = cross_entropy_of_group(
+            hidden_states[group], labels[group], base_rows, first_new_id, new_rows, formula,
+            grad, new_rows_grad, scale,
+        )  # fmt: skip
     return losses, grad_hidden
 
 
 def cross_entropy_of_group(
     hidden: Tensor, labels: Tensor, base_rows: Tensor, first_new_id: int, new_rows: Tensor,
-    grad_hidden: Tensor | None, formula: HeadFormula,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the losses of G positions, (G,), and d(loss)/d(hidden S^T), (G, N) fp32.
+    formula: HeadFormula, grad_hidden: Tensor | None, new_rows_grad: Tensor | None,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Compute the losses of G positions, (G,), and their gradients if grad_hidden (G, H) is given.
 
-    The logits of all new rows are held at once, those of the base rows chunk by chunk. If
-    grad_hidden (G, H) is given, it becomes d_base base_rows.
+    The logits of all new rows, (G, N), are held at once, those of the base rows chunk by chunk.
     """
     new_logits = hidden.new_empty(len(hidden), len(new_rows), dtype=torch.float32)  # (G, N)
     for block in blocks(len(new_rows), ROW_BLOCK):
@@ -414,7 +411,9 @@ def cross_entropy_of_group(
         if grad_hidden is not None:
             grad_hidden[chunk] = matmul_fp32(as_operand(base_logits, hidden.dtype), base_rows)
         del base_logits  # before the next chunk makes its own
-    return losses, new_logits
+    if grad_hidden is not None:  # by now new_logits holds the gradient of the new words' logits
+        add_gradients_of_new_rows_(new_logits, hidden, new_rows, grad_hidden, new_rows_grad, scale)
+    return losses
 
 
 def add_gradients_of_new_rows_(
@@ -669,7 +668,7 @@ KIN_COLUMNS = 256
 
 
 def shared_features(word: str, ids: list[int]) -> list[str | int]:
-    """List what a word shares with others: "" with all, then beginnings, endings and base tokens.
+    """List a word's features. Each word has "". The others are beginnings, endings, base tokens.
 
     "ri " is a beginning and " un" an ending. ids[0] stands for the first base token and ~ids[-1],
     a negative number, for the last one. "=run" is what the two forms of a word share.
@@ -685,8 +684,9 @@ def sharing_matrices(
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Make Phi^T and Phi D for share_gradient_, or None if no word would share anything.
 
-    D is diagonal and holds the strength of each feature. The matrices follow from the words and the
-    config alone, so a save does not hold them. They take 0.3 s for 44,223 words.
+    D is diagonal: k / sqrt(n_f) for a feature f of n_f words, and c / sqrt(N) for the one that all
+    words have, where c is row_coupling and k is kin_coupling. The matrices follow from the words
+    and the config alone, so a save does not hold them. They take 0.3 s for 44,223 words.
     Shapes: spellings: the base ids of each word -> (F, N), (N, F) fp32, sparse in rows
     """
     numbers, found, lengths = {"": 0}, [], []

@@ -697,6 +697,11 @@ class BaseTables:
     head_path: str
     tied: bool
 
+    @property
+    def head_bias(self) -> str:
+        """Name the bias of the head, which the files may lack."""
+        return self.head.removesuffix("weight") + "bias"
+
     def table(self, name: str, num_rows: int) -> Tensor:
         """Map the first rows of a table: without its padding, if num_rows is the base's size."""
         path = base_file(self.config, self.weight_map[name])
@@ -928,7 +933,7 @@ def export_peft(sentry: Sentry, config: Config, part: Path) -> dict:
     """
     rows, state, base = trained_rows(sentry), sentry.state, base_tables(config)
     first, size = state["first_new_id"], state["first_new_id"] + state["num_new_tokens"]
-    if base.head.removesuffix("weight") + "bias" in base.weight_map:
+    if base.head_bias in base.weight_map:
         raise UserError(
             "export: the model's head has a bias, which PEFT's trainable tokens leave out; use"
             " --format merged"
@@ -969,7 +974,7 @@ def export_merged(sentry: Sentry, config: Config, part: Path) -> dict:
     """
     first, num = sentry.state["first_new_id"], sentry.state["num_new_tokens"]
     rows, base = trained_rows(sentry), base_tables(config)
-    separate, bias = "output_rows" in rows, base.head.removesuffix("weight") + "bias"
+    separate, bias = "output_rows" in rows, base.head_bias
     weight_map, new_rows = dict(base.weight_map), {base.embedding: rows["input_rows"]}
     if base.head in weight_map or separate:
         weight_map.setdefault(base.head, weight_map[base.embedding])

@@ -362,7 +362,7 @@ def sum_over_processes(sums: Tensor, worker: Worker) -> list | float:
 def count_held_out_bytes(data: Data, seq_len: int) -> int:
     """Count the UTF-8 bytes of the text that the held-out targets stand for.
 
-    The first token of the first sequence is only an input, so the text begins where it ends.
+    The first token of the first sequence is an input and no target, so its text is not counted.
     """
     end = data.val_ends[count_sequences(data.val, seq_len) * seq_len]
     return len(data.val_text[data.val_ends[0] : end].encode("utf-8"))
@@ -618,7 +618,7 @@ class Progress:
         return result
 
     def left(self, step: int) -> datetime.timedelta:
-        """Estimate the time after a step; its own evaluation and save are still to come."""
+        """Estimate the time that is left after a step, and before its own evaluation and save."""
         end, config = self.config.max_steps, self.config
         seconds = (end - step) * self.seconds["step"]
         for what, every in (("evaluation", config.eval_every), ("save", config.save_every)):
@@ -667,7 +667,7 @@ def eval_line(record: dict) -> str:
 
 
 def what_bits_mean(trained: float, base: float) -> str:
-    """Say in words what bits per byte of text that was held out mean."""
+    """Say in words how much better or worse the trained model predicts the held-out text."""
     less = 100 * (1 - trained / base)
     meaning = f"the text surprises the trained model {less:.0f} % less than the untouched one"
     if less < 0:
@@ -866,14 +866,16 @@ def explain_another_run(
     for number, path in sentry_folders(*folders):
         if step not in (None, number):
             continue
-        with contextlib.suppress(UserError):  # no marker, or a damaged one: `pick_sentry` names it
+        try:
             state, _ = read_marker(path)
-            problems = changed_keys(state.get("config", {}), config)
-            if state.get("words_sha256") not in (identity["words_sha256"], NOT_KNOWN):
-                problems.append(lexicon_change(path / "words.txt", words.words))
-            if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
-                problems.append("corpus: its text is not the one that the run was started with")
-            found.append(problems)
+        except UserError:
+            continue  # no marker, or a damaged one: `pick_sentry` names it
+        problems = changed_keys(state.get("config", {}), config)
+        if state.get("words_sha256") not in (identity["words_sha256"], NOT_KNOWN):
+            problems.append(lexicon_change(path / "words.txt", words.words))
+        if state.get("corpus_sha256") not in (identity["corpus_sha256"], NOT_KNOWN):
+            problems.append("corpus: its text is not the one that the run was started with")
+        found.append(problems)
     if found and all(found):
         raise UserError(*found[0], PUT_BACK)
 
